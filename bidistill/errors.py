@@ -1,0 +1,9 @@
+"""The one exception that a user's mistake becomes."""
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used; the message is one line that says what to do.
+
+    The command line prints it as ``error: <message>`` and exits with code 2. Wording:
+    ``<what>: got <value>, expected <value>; <what to do>``.
+    """

@@ -1,0 +1,71 @@
+"""Writing files so that nobody ever sees half of one.
+
+Everything is written under a temporary name in the folder of the target and renamed when it is
+complete: a killed process leaves the old version, or none.
+"""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bidistill.errors import UserError
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; rename it to ``path`` once the block succeeds.
+
+    The block creates a file or a folder at the temporary path. A file replaces an older file; a
+    folder needs a target that does not exist yet. If the block raises, what it wrote is removed
+    and ``path`` stays as it was. Missing parent folders are created.
+
+    Args:
+        path: where the result belongs. The temporary name keeps its suffix, for writers that
+            choose the format by it.
+
+    Raises:
+        UserError: the parent folder cannot be created or written.
+    """
+    path = Path(path)
+    _require_folder(path.parent)
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write ``text`` to ``path`` as UTF-8, atomically and with the line ends given."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: Path | str, obj: object) -> None:
+    """Write ``obj`` to ``path`` as indented JSON, atomically.
+
+    Raises:
+        TypeError: ``obj`` holds something that JSON has no form for.
+        ValueError: ``obj`` holds NaN or an infinity, which JSON has no form for either.
+    """
+    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _require_folder(folder: Path) -> None:
+    """Create ``folder`` where it is missing; a user's mistake must not become a traceback."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be created ({error.strerror}); choose another folder"
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: cannot be written (no permission); choose another folder")

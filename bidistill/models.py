@@ -1,0 +1,312 @@
+"""Models: loading, adapters, and the root method in which a whole distillation step happens.
+
+A step runs inside one method of the *root* module, and the loss runs inside the forward of the LM
+head: hooks of FSDP2 then fire exactly as in an ordinary forward, and the head weight is plain
+wherever it is read. Without FSDP2 the same code is a plain function call.
+
+Legend: N answer rows, H hidden width.
+"""
+
+import math
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from bidistill_kernels import LogitTransform
+from jaxtyping import Float
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from bidistill.attention import use_packed_attention
+from bidistill.config import LoraSettings, ModelConfig
+from bidistill.data.packing import Packed
+from bidistill.errors import UserError
+
+SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+SCALE_FIELDS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+TRANSFORM_TOLERANCE = 1e-4
+"""Largest difference to the model's own logits, relative to the largest of them."""
+
+
+class TeacherRows:
+    """Last hidden states of the teacher for the answer rows of a step, and the head they need.
+
+    A plain object on purpose: FSDP2 casts every floating tensor among the arguments of a hooked
+    forward, also inside lists, dicts and dataclasses, and would round the teacher's rows.
+
+    Args:
+        hidden: the rows. Shape (N, H).
+        weight: the teacher's head, shape (V, H); None where it is the student's own, frozen.
+        bias: the bias of that head, shape (V,).
+    """
+
+    __slots__ = ("bias", "hidden", "weight")
+
+    def __init__(
+        self,
+        hidden: Float[Tensor, "N H"],
+        weight: Float[Tensor, "V H"] | None = None,
+        bias: Float[Tensor, " V"] | None = None,
+    ) -> None:
+        """Keep the tensors as they are."""
+        self.hidden = hidden
+        self.weight = weight
+        self.bias = bias
+
+
+def load_model(config: ModelConfig) -> PreTrainedModel | PeftModel:
+    """Load the model of a recipe, with a fresh adapter if the recipe asks for one.
+
+    Weights that train are fp32 whatever the file holds: they are the masters that the optimiser
+    updates. Frozen ones have the recipe's dtype. The adapter draws from torch's global generator,
+    so seed it first.
+
+    Raises:
+        UserError: the folder is missing, holds no safetensors file or lacks weights, or the
+            adapter does not fit the model.
+    """
+    frozen = config.adapter is not None
+    model = load_base(config.path, getattr(torch, config.dtype) if frozen else torch.float32)
+    return add_adapter(model, config.adapter) if config.adapter else model
+
+
+def load_base(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a causal language model from a local folder, onto the accelerator if there is one.
+
+    Only safetensors files are read.
+
+    Raises:
+        UserError: the folder is missing, holds no model or no safetensors file, or lacks weights.
+    """
+    folder = _model_folder(path)
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"model.path: got {path}, which holds no *.safetensors file; "
+            "convert the weights to safetensors (pickled weights are never loaded)"
+        )
+    logging.disable_progress_bar()  # it would mix with our own
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+    )
+    # transformers fills weights that the files lack with random numbers and goes on
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(
+            f"model.path: {path} lacks {len(missing)} weights, the first is {missing[0]}; "
+            "expected a complete model, copy or convert it again"
+        )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that lies beside a model.
+
+    Raises:
+        UserError: the folder is missing or holds no tokenizer.
+    """
+    folder = _model_folder(path)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"model.path: no tokenizer can be loaded from {path} ({reason})") from None
+
+
+def _model_folder(path: str | Path) -> Path:
+    """``path`` as a folder that holds a config.json."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"model.path: got {path}, expected a folder with a model; none is there")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.path: {path} holds no config.json; expected a transformers model")
+    return folder
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, also when an adapter wraps it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The model without its LM head; its output has ``last_hidden_state``."""
+    return unwrapped(model).base_model
+
+
+def add_adapter(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
+    """Freeze ``model`` and add LoRA layers to it; only they train.
+
+    Raises:
+        UserError: a target that the model lacks or that is its LM head, or layers out of range.
+    """
+    leaves = {name.rpartition(".")[2] for name, _ in backbone(model).named_modules()}
+    for target in settings.targets:
+        if target not in leaves:
+            raise UserError(
+                f"model.adapter.targets: got {target!r}, which names no layer below the LM head "
+                f"of this model; expected names such as {_linear_names(model)}"
+            )
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.targets),
+        layers_to_transform=_layer_range(settings.layers, model.config.num_hidden_layers),
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        # peft 0.21 asks for a property that transformers 5.23 renames
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        return get_peft_model(model, config)  # type: ignore
+
+
+def _linear_names(model: PreTrainedModel) -> str:
+    """The names of the model's linear layers, for a message."""
+    modules = backbone(model).named_modules()
+    return ", ".join(sorted({n.rpartition(".")[2] for n, m in modules if isinstance(m, nn.Linear)}))
+
+
+def _layer_range(layers: tuple[int, int] | None, depth: int) -> list[int] | None:
+    """First and last layer, both included, as the list that peft wants."""
+    if layers is None:
+        return None
+    first, last = layers
+    if not 0 <= first <= last < depth:
+        raise UserError(
+            f"model.adapter.layers: got [{first}, {last}], expected 0 <= first <= last < {depth}, "
+            "the number of layers of this model"
+        )
+    return list(range(first, last + 1))
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Run the base model inside; the caller is under ``no_grad``.
+
+    Only flags change. peft's own ``disable_adapter`` also flips ``requires_grad`` on whatever
+    parameter is registered at that moment, which under FSDP2 freezes adapters for good.
+    """
+    modules = [
+        m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    ]
+    before = [module._disable_adapters for module in modules]
+    for module in modules:
+        module._disable_adapters = True
+    try:
+        yield
+    finally:
+        for module, flag in zip(modules, before, strict=True):
+            module._disable_adapters = flag
+
+
+def hidden_rows(model: nn.Module, packed: Packed) -> Float[Tensor, "N H"]:
+    """Last hidden states that predict the answer tokens of ``packed``, in the order of its rows."""
+    device = next(model.parameters()).device
+    with use_packed_attention(unwrapped(model)):
+        # without use_cache=False a cache is built even in training
+        output = backbone(model)(
+            input_ids=packed.input_ids.to(device),
+            position_ids=packed.position_ids.to(device),
+            use_cache=False,
+            segments=packed.segments,
+        )
+    return output.last_hidden_state[0].index_select(0, packed.rows.to(device))
+
+
+def attach_distill_step(model: nn.Module) -> None:
+    """Give the root module ``model`` the method ``distill_step`` and let its head run a loss.
+
+    ``model.distill_step(student, loss, teacher)`` runs the student on the pack ``student`` and
+    returns what ``loss(hidden, head_weight, head_bias, teacher_rows)`` returns. ``teacher`` is
+    the teacher's pack, whose rows are then computed with the adapters off; or
+    :class:`TeacherRows` at hand; or None for a loss that needs no teacher.
+    """
+    head = model.get_output_embeddings()  # type: ignore
+    head.forward = types.MethodType(_head_forward, head)
+    model.distill_step = types.MethodType(_distill_step, model)  # type: ignore
+
+
+def _distill_step(
+    self: nn.Module, student: Packed, loss: Callable, teacher: Packed | TeacherRows | None
+) -> object:
+    """Teacher, student and loss in one method of the root module."""
+    if isinstance(teacher, Packed):
+        with torch.no_grad(), adapters_off(self):
+            teacher = TeacherRows(hidden_rows(self, teacher))
+    hidden = hidden_rows(self, student)
+    head = self.get_output_embeddings()  # type: ignore
+    return head(hidden, fused=lambda *student_side: loss(*student_side, teacher))
+
+
+def _head_forward(
+    self: nn.Module, hidden: Tensor, *args: object, fused: Callable | None = None, **kwargs: object
+) -> object:
+    """Forward of the LM head: its own, or ``fused`` on the weight as the hooks present it."""
+    if fused is None:
+        return type(self).forward(self, hidden, *args, **kwargs)
+    return fused(hidden, self.weight, getattr(self, "bias", None))
+
+
+def read_logit_transform(model: nn.Module) -> LogitTransform:
+    """What the model does to the output of its head, read from its config and verified.
+
+    Raises:
+        UserError: the model's own logits differ from the transformed output of its head.
+    """
+    transform = _transform_of_config(unwrapped(model).config)
+    _verify_transform(model, transform)
+    return transform
+
+
+def _transform_of_config(config: PreTrainedConfig) -> LogitTransform:
+    """Scale, soft-cap and vocabulary limit by the fields that transformers models use."""
+    scale = math.prod(_present(config, SCALE_FIELDS))
+    if divisor := getattr(config, "logits_scaling", None):
+        # granite divides by it, hyperclovax multiplies
+        scale *= divisor if config.model_type.startswith("hyperclovax") else 1 / divisor
+    return LogitTransform(
+        scale=float(scale),
+        softcap=next(iter(_present(config, SOFTCAP_FIELDS)), None),
+        vocab_limit=getattr(config, "unpadded_vocab_size", None),
+    )
+
+
+def _present(config: PreTrainedConfig, fields: Sequence[str]) -> list[float]:
+    """The values of those fields that a config has."""
+    return [v for name in fields if (v := getattr(config, name, None)) is not None]
+
+
+@torch.no_grad()
+def _verify_transform(model: nn.Module, transform: LogitTransform) -> None:
+    """Compare with the model's own logits; this catches architectures not thought of."""
+    base = unwrapped(model)
+    tokens = torch.randint(
+        base.config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0)
+    ).to(base.device)
+    own = base(input_ids=tokens, use_cache=False).logits
+    hidden = backbone(model)(input_ids=tokens, use_cache=False).last_hidden_state
+    ours = transform(base.get_output_embeddings()(hidden))
+    scale = own.abs().max().item()
+    error = (ours - own).abs().max().item() if ours.shape == own.shape else math.inf
+    if not error <= TRANSFORM_TOLERANCE * scale:
+        raise UserError(
+            f"model.path: the logits of this {base.config.model_type} model differ by {error:.3g} "
+            f"from {transform} of its LM head (largest logit {scale:.3g}), expected the same; "
+            "this architecture is not supported"
+        )

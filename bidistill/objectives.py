@@ -1,0 +1,208 @@
+"""What each role is trained for: its loss, its weight and the answer rows that count.
+
+The loss of a step is a sum over the rows of all roles, divided once by the number of rows. Roles
+that share a loss and its options go through one fused call, which reads the LM head once.
+
+Legend: N answer rows, H hidden width, V vocabulary, R roles.
+"""
+
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from bidistill_kernels import (
+    LogitTransform,
+    linear_bidirectional_kl,
+    linear_cross_entropy,
+    linear_jsd,
+    linear_push_pull,
+)
+from jaxtyping import Float
+from torch import Tensor
+
+from bidistill.config import ObjectiveConfig
+from bidistill.data.packing import Packed
+from bidistill.data.records import ROLES, Role, nearest
+from bidistill.data.views import Example
+from bidistill.errors import UserError
+from bidistill.models import TeacherRows
+
+LOSSES: dict[str, Callable[..., Any]] = {
+    "bidirectional_kl": linear_bidirectional_kl,
+    "push_pull": linear_push_pull,
+    "jsd": linear_jsd,
+    "cross_entropy": linear_cross_entropy,
+}
+
+
+class StepResult(NamedTuple):
+    """What one step's loss returns; tensors stay on the device."""
+
+    loss: Float[Tensor, ""]
+    """Weighted sum over rows, divided by the number of rows; nats."""
+    role_sums: Float[Tensor, " R"]
+    """Unweighted loss summed over the rows of each role, in the order of ``ROLES``; detached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """Roles that share one fused call."""
+
+    loss: str
+    options: dict[str, Any]
+    roles: tuple[Role, ...]
+
+
+class Objectives:
+    """The losses of a run, by role.
+
+    Args:
+        configs: one objective for each role that takes part.
+        transform: what the model does to the output of its head; the teacher's is the same.
+
+    Raises:
+        UserError: an option that the loss does not have.
+    """
+
+    def __init__(
+        self, configs: Mapping[Role, ObjectiveConfig], transform: LogitTransform | None = None
+    ) -> None:
+        """Check the options and group the roles."""
+        self.configs = dict(configs)
+        self.transform = transform or LogitTransform()
+        self.terms = _group(configs)
+
+    @property
+    def need_teacher(self) -> bool:
+        """Whether any loss compares with a teacher."""
+        return any(term.loss != "cross_entropy" for term in self.terms)
+
+    def for_step(self, examples: Sequence[Example], student: Packed) -> "StepLoss":
+        """Bind the rows of one step: which count, for which role, with what weight.
+
+        Args:
+            examples: the examples of the step.
+            student: their student views, packed in the same order.
+        """
+        missing = {example.role for example in examples} - self.configs.keys()
+        assert not missing, f"no objective for {missing}"
+        role_of_example = torch.tensor([ROLES.index(example.role) for example in examples])
+        role_N = role_of_example[student.sequence]
+        return StepLoss(self, student.target, role_N, self._counted(role_N, student.sequence))
+
+    def _counted(self, role_N: Tensor, sequence_N: Tensor) -> Tensor:
+        """True for rows that enter the loss: all of an answer, or its first one."""
+        first_N = torch.ones_like(sequence_N, dtype=torch.bool)
+        first_N[1:] = sequence_N[1:] != sequence_N[:-1]
+        whole = [role for role, config in self.configs.items() if config.positions == "answer"]
+        return _member_R(whole)[role_N] | first_N
+
+
+class StepLoss:
+    """The loss of one step, called in the forward of the LM head.
+
+    A plain object, so that its tensors pass the hooks of FSDP2 untouched.
+    """
+
+    def __init__(
+        self, objectives: Objectives, target_N: Tensor, role_N: Tensor, counted_N: Tensor
+    ) -> None:
+        """Take the target, the role and whether it counts of every row."""
+        self.objectives = objectives
+        self.target = target_N
+        self.role = role_N
+        self.counted = counted_N
+        self.num_rows = int(counted_N.sum())
+        self.role_counts = torch.bincount(role_N[counted_N], minlength=len(ROLES)).tolist()
+
+    def __call__(
+        self,
+        hidden: Float[Tensor, "N H"],
+        weight: Float[Tensor, "V H"],
+        bias: Float[Tensor, " V"] | None,
+        teacher: TeacherRows | None,
+    ) -> StepResult:
+        """Run every term's fused loss on its rows."""
+        role_sums = torch.zeros(len(ROLES), device=hidden.device)
+        totals = []
+        for term in self.objectives.terms:
+            rows = (_member_R(term.roles)[self.role] & self.counted).nonzero().squeeze(1)
+            if len(rows):
+                total, per_row = self._run(term, rows, hidden, weight, bias, teacher)
+                totals.append(total)
+                role_sums.index_add_(0, self.role[rows].to(hidden.device), per_row)
+        return StepResult(torch.stack(totals).sum() / self.num_rows, role_sums)
+
+    def _run(
+        self,
+        term: Term,
+        rows: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        teacher: TeacherRows | None,
+    ) -> tuple[Tensor, Tensor]:
+        """One fused call: weighted sum over rows, and the unweighted loss of each row."""
+        index = rows.to(hidden.device)
+        configs, transform = self.objectives.configs, self.objectives.transform
+        weight_R = torch.tensor([configs[r].weight if r in term.roles else 0.0 for r in ROLES])
+        tensors = [hidden.index_select(0, index), weight]
+        keywords: dict[str, Any] = {"student_bias": bias, "student_transform": transform}
+        if term.loss != "cross_entropy":
+            assert teacher is not None, f"{term.loss} needs the teacher's rows"
+            head = (weight, bias) if teacher.weight is None else (teacher.weight, teacher.bias)
+            tensors += [teacher.hidden.to(hidden.device).index_select(0, index), head[0].detach()]
+            keywords["teacher_bias"] = None if head[1] is None else head[1].detach()
+            keywords["teacher_transform"] = transform
+        total, stats = LOSSES[term.loss](
+            *tensors,
+            self.target[rows].to(hidden.device),
+            token_weight=weight_R[self.role[rows]].to(hidden.device),
+            reduction="sum",
+            return_stats=True,
+            **keywords,
+            **term.options,
+        )
+        return total, stats.per_token.detach().float()
+
+
+def _member_R(roles: Collection[Role]) -> Tensor:
+    """True for the roles given, in the order of ``ROLES``."""
+    return torch.tensor([role in roles for role in ROLES])
+
+
+def _group(configs: Mapping[Role, ObjectiveConfig]) -> tuple[Term, ...]:
+    """Roles by loss and options, in the order of ``ROLES``."""
+    groups: dict[tuple[Any, ...], list[Role]] = {}
+    for role in ROLES:
+        if role not in configs:
+            continue
+        config = configs[role]
+        _check_options(role, config)
+        groups.setdefault((config.loss, *sorted(config.options.items())), []).append(role)
+    return tuple(
+        Term(loss=key[0], options=dict(key[1:]), roles=tuple(roles))
+        for key, roles in groups.items()
+    )
+
+
+def _check_options(role: Role, config: ObjectiveConfig) -> None:
+    """An option must be an argument of the loss, not the trainer's own, with a value it takes."""
+    parameters = inspect.signature(LOSSES[config.loss]).parameters.values()
+    # what all losses have in common comes in **options, and is the trainer's business
+    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    for name in config.options:
+        if name not in known:
+            hint = nearest(name, known) if known else "leave options out"
+            raise UserError(
+                f"objectives.{role}.options: got {name!r}, which is no option of {config.loss}; "
+                f"{hint}"
+            )
+    try:  # the loss itself knows which values it takes
+        rows, head = torch.zeros(1, 1), torch.zeros(2, 1)
+        teacher = () if config.loss == "cross_entropy" else (rows, head)
+        LOSSES[config.loss](rows, head, *teacher, torch.zeros(1).long(), **config.options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"objectives.{role}.options: {error}") from None

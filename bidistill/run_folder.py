@@ -1,0 +1,89 @@
+"""The folder of a run: whose it is, and its log.
+
+``run.json`` says what the run is made of; a run is resumed with exactly that, or not at all.
+``train_log.jsonl`` has one line per step.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from bidistill import about
+from bidistill.config import TrainConfig, as_dict
+from bidistill.errors import UserError
+from bidistill.files import atomic_path, write_json
+
+RUN = "run.json"
+LOG = "train_log.jsonl"
+
+
+def check(config: TrainConfig, resume: bool) -> None:
+    """Refuse an output folder that another run has begun, or this one without ``resume``.
+
+    Raises:
+        UserError: the folder holds a run and it is not to be resumed, or it began with another
+            configuration; the message names the first key that differs.
+    """
+    path = config.output / RUN
+    if not path.exists():
+        return
+    if not resume:
+        raise UserError(
+            f"output: got {config.output}, which holds a run, expected a new folder; "
+            "use --resume to go on with that run, or choose another output"
+        )
+    begun = json.loads(path.read_text(encoding="utf-8"))["config"]
+    if changed := _changed_key(begun, as_dict(config)):
+        key, old, new = changed
+        raise UserError(
+            f"{key}: got {new}, expected {old} as this run began; undo the change to resume, "
+            "or choose another output"
+        )
+
+
+def begin(config: TrainConfig) -> None:
+    """Write what the run is made of, unless it has begun before."""
+    path = config.output / RUN
+    if not path.exists():
+        record = {"config": as_dict(config), "versions": about.versions(), "commit": about.commit()}
+        write_json(path, record)
+
+
+@contextmanager
+def log(folder: Path, done: int) -> Iterator[Callable[[Mapping[str, object]], None]]:
+    """Yield a function that appends one line to the log at once.
+
+    Args:
+        folder: of the run.
+        done: steps that count. Lines of later ones, left by a killed run, are dropped first.
+    """
+    path = folder / LOG
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(lines[:done]), encoding="utf-8")
+    with path.open("a", encoding="utf-8") as file:
+
+        def write(entry: Mapping[str, object]) -> None:
+            file.write(json.dumps({key: _finite(value) for key, value in entry.items()}) + "\n")
+            file.flush()
+
+        yield write
+
+
+def _finite(value: object) -> object:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _changed_key(old: object, new: object, key: str = "") -> tuple[str, str, str] | None:
+    """The first dotted key whose value differs, with both values as JSON."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in {**old, **new}:
+            inner = f"{key}.{name}" if key else name
+            if found := _changed_key(old.get(name), new.get(name), inner):
+                return found
+        return None
+    return None if old == new else (key, json.dumps(old), json.dumps(new))

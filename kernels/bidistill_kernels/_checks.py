@@ -1,0 +1,178 @@
+"""Checks of what a caller passes, and their messages. None of them reads device memory."""
+
+import math
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bidistill_kernels.transform import LogitTransform
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_OTHER_BACKENDS = ("triton", "native")
+
+
+class Side(NamedTuple):
+    """One model's tensors as the caller passed them; `weight` None: `hidden` is logits."""
+
+    name: str  # "student" or "teacher"
+    hidden: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    transform: LogitTransform
+
+    @property
+    def rows_name(self) -> str:
+        """Name of the argument that has a row per token."""
+        return f"{self.name}_{'logits' if self.weight is None else 'hidden'}"
+
+    @property
+    def vocab(self) -> int:
+        """Number of ids that take part."""
+        V = self.hidden.shape[-1] if self.weight is None else self.weight.shape[0]
+        return min(V, self.transform.vocab_limit or V)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors under the names the caller knows."""
+        named = {
+            self.rows_name: self.hidden,
+            f"{self.name}_weight": self.weight,
+            f"{self.name}_bias": self.bias,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def check_number(
+    name: str,
+    value: float,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_ends: bool = False,
+    whole: bool = False,
+) -> None:
+    """Refuse a setting that is no number or lies outside [low, high], or (low, high) if open."""
+    kind = "whole number" if whole else "number"
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise TypeError(f"{name}: got {value!r}, expected a {kind}")
+    inside = low < value < high if open_ends else low <= value <= high
+    if not inside or math.isinf(value):
+        ends = (f"above {low}", f"below {high}") if open_ends else (f">= {low}", f"<= {high}")
+        wanted = f"a finite {kind} {ends[0]}" + ("" if math.isinf(high) else f" and {ends[1]}")
+        raise ValueError(f"{name}: got {value}, expected {wanted}")
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Refuse a word that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def check_backend(backend: str) -> None:
+    """Refuse a back-end by name that is not there: it never falls back silently."""
+    if backend in _OTHER_BACKENDS:
+        raise ValueError(
+            f"backend: got {backend!r}, which has no loss kernels yet, expected 'auto' or 'torch'; "
+            "pass 'auto' for the best one present"
+        )
+    check_choice("backend", backend, ("auto", "torch"))
+
+
+def check_tensors(
+    student: Side, teacher: Side | None, target: Tensor | None, token_weight: Tensor | None
+) -> None:
+    """Refuse tensors of the wrong kind, shape, dtype or device, and a trainable teacher."""
+    sides = [student] if teacher is None else [student, teacher]
+    for side in sides:
+        for name, tensor in side.tensors().items():
+            _check_kind(name, tensor, student.hidden.device)
+        _check_side(side)
+    if teacher is not None:
+        _check_pair(student, teacher)
+    if target is not None:
+        _check_rows("target", target, student)
+        if target.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"target: got {target.dtype}, expected int64 token ids")
+    if token_weight is not None:
+        _check_rows("token_weight", token_weight, student)
+        if token_weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "token_weight: requires a gradient, expected a constant; pass "
+                "token_weight.detach(), or weight the result of reduction='none' yourself"
+            )
+
+
+def _check_kind(name: str, tensor: Tensor, device: torch.device) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
+    if hasattr(tensor, "to_local"):
+        raise TypeError(
+            f"{name}: got a DTensor, expected a plain tensor; call the loss inside the root "
+            "module's forward, where FSDP has gathered the head, or pass full_tensor()"
+        )
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(
+            f"{name}: got {tensor.dtype}, expected float16, bfloat16, float32 or float64; "
+            "dequantise it first"
+        )
+    if tensor.device != device:
+        raise ValueError(f"{name}: got device {tensor.device}, expected {device}; move it there")
+
+
+def _check_side(side: Side) -> None:
+    hidden, weight, bias = side.hidden, side.weight, side.bias
+    if hidden.ndim != 2:
+        raise ValueError(
+            f"{side.rows_name}: got shape {tuple(hidden.shape)}, expected two dimensions, a row "
+            "per token; flatten batch and time"
+        )
+    if weight is not None and (weight.ndim != 2 or weight.shape[1] != hidden.shape[1]):
+        raise ValueError(
+            f"{side.name}_weight: got shape {tuple(weight.shape)}, expected (vocabulary, "
+            f"{hidden.shape[1]}), the width of {side.rows_name}; pass the head's weight as it is"
+        )
+    if side.vocab == 0:
+        raise ValueError(
+            f"{side.name}_weight: got an empty vocabulary, expected at least one row; "
+            "gather a sharded head first"
+        )
+    if weight is not None and bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{side.name}_bias: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},), "
+            f"one entry for each row of {side.name}_weight"
+        )
+
+
+def _check_pair(student: Side, teacher: Side) -> None:
+    if teacher.hidden.shape[0] != student.hidden.shape[0]:
+        raise ValueError(
+            f"{teacher.rows_name}: got {teacher.hidden.shape[0]} rows, expected "
+            f"{student.hidden.shape[0]}, one for each of {student.rows_name}; "
+            "select the same answer tokens in both views"
+        )
+    if teacher.vocab != student.vocab:
+        raise ValueError(
+            f"{list(teacher.tensors())[1 if teacher.weight is not None else 0]}: got a vocabulary "
+            f"of {teacher.vocab}, expected the student's {student.vocab}; cut padding rows with "
+            "LogitTransform(vocab_limit=...)"
+        )
+    for name, tensor in teacher.tensors().items():
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: requires a gradient, expected a constant: the teacher is not trained; "
+                f"pass {name}.detach()"
+            )
+
+
+def _check_rows(name: str, tensor: Tensor, student: Side) -> None:
+    rows = student.hidden.shape[0]
+    if tensor.shape != (rows,):
+        raise ValueError(
+            f"{name}: got shape {tuple(tensor.shape)}, expected ({rows},), one entry for each row "
+            f"of {student.rows_name}"
+        )
+    if tensor.device != student.hidden.device:
+        raise ValueError(
+            f"{name}: got device {tensor.device}, expected {student.hidden.device}; move it there"
+        )

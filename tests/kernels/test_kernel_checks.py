@@ -1,0 +1,102 @@
+"""What callers get wrong, and that the message names the argument and the way out."""
+
+import pytest
+import torch
+
+import bidistill_kernels as bk
+from bidistill_kernels import LogitTransform
+
+x, w, y, v = torch.randn(4, 3), torch.randn(9, 3), torch.randn(4, 2), torch.randn(9, 2)
+target = torch.zeros(4, dtype=torch.int64)
+trained = torch.randn(9, 2, requires_grad=True)
+
+
+def kl(x=x, w=w, y=y, v=v, target=None, **options):
+    return bk.linear_bidirectional_kl(x, w, y, v, target, **options)
+
+
+REJECTED = {
+    "three dimensions": (lambda: kl(x[None]), ValueError, r"student_hidden: .*flatten batch"),
+    "width": (lambda: kl(w=v), ValueError, r"student_weight: .*expected \(vocabulary, 3\)"),
+    "rows": (lambda: kl(y=y[:3]), ValueError, r"teacher_hidden: got 3 rows, expected 4"),
+    "vocabulary": (lambda: kl(v=v[:8]), ValueError, r"teacher_weight: .*of 8.*9.*vocab_limit"),
+    "vocabulary of logits": (
+        lambda: bk.jsd(torch.zeros(4, 9), torch.zeros(4, 8)),
+        ValueError,
+        r"teacher_logits: .*of 8.*9.*vocab_limit",
+    ),
+    "empty head": (lambda: kl(w=w[:0], v=v[:0]), ValueError, "student_weight: .*sharded"),
+    "bias": (lambda: kl(student_bias=w[0]), ValueError, r"student_bias: .*expected \(9,\)"),
+    "integers": (lambda: kl(w.to(torch.int8), w), TypeError, "student_hidden: .*dequantise"),
+    "no tensor": (lambda: kl(y=[[1.0]]), TypeError, "teacher_hidden: got list"),
+    "device": (lambda: kl(v=v.to("meta")), ValueError, "teacher_weight: got device meta"),
+    "trainable teacher": (lambda: kl(v=trained), ValueError, r"teacher_weight.detach\(\)"),
+    "target shape": (lambda: kl(target=target[:3]), ValueError, r"target: .*expected \(4,\)"),
+    "target dtype": (lambda: kl(target=target.float()), TypeError, "target: .*int64"),
+    "no target": (lambda: kl(cross_entropy=1.0), ValueError, "target: got None"),
+    "weight shape": (lambda: kl(token_weight=x), ValueError, r"token_weight: .*expected \(4,\)"),
+    "trained weight": (
+        lambda: kl(token_weight=torch.ones(4, requires_grad=True)),
+        ValueError,
+        r"token_weight.detach\(\)",
+    ),
+    "reduction": (lambda: kl(reduction="avg"), ValueError, "'avg', expected one of 'mean'"),
+    "num_items": (lambda: kl(reduction="sum", num_items=3), ValueError, "num_items: .*'sum'"),
+    "chunk_bytes": (lambda: kl(chunk_bytes=0), ValueError, "chunk_bytes: got 0"),
+    "triton": (lambda: kl(backend="triton"), ValueError, "backend: got 'triton'.*'auto'"),
+    "native": (lambda: kl(backend="native"), ValueError, "backend: got 'native'.*'auto'"),
+    "backend": (lambda: kl(backend="cuda"), ValueError, "backend: got 'cuda', expected one of"),
+    "negative": (lambda: kl(forward=-1), ValueError, "forward: got -1"),
+    "nan": (lambda: kl(reverse=float("nan")), ValueError, "reverse: got nan"),
+    "all zero": (lambda: kl(forward=0, reverse=0), ValueError, "forward: got weights that are"),
+    "text": (lambda: kl(forward="0.5"), TypeError, "forward: got '0.5', expected a number"),
+    "beta 0": (lambda: bk.linear_jsd(x, w, y, v, beta=0.0), ValueError, "beta: got 0.0"),
+    "beta 1": (lambda: bk.linear_jsd(x, w, y, v, beta=1), ValueError, "beta: got 1"),
+    "k": (lambda: bk.linear_push_pull(x, w, y, v, k_pull=0), ValueError, "k_pull: got 0"),
+    "fraction": (lambda: bk.linear_push_pull(x, w, y, v, k_push=1.5), TypeError, "k_push: .*whole"),
+    "delta": (lambda: bk.linear_push_pull(x, w, y, v, delta=0.0), ValueError, "delta: got 0.0"),
+    "reading": (
+        lambda: bk.linear_push_pull(x, w, y, v, reading="P2"),
+        ValueError,
+        "reading: got 'P2', expected one of 'hinge'",
+    ),
+    "teacher of one model": (
+        lambda: bk.linear_cross_entropy(x, w, target, teacher_bias=w[:, 0]),
+        TypeError,
+        "cross_entropy has no teacher",
+    ),
+    "scale": (lambda: LogitTransform(scale=0.0), ValueError, "scale: got 0.0"),
+    "softcap": (lambda: LogitTransform(softcap=0.0), ValueError, "softcap: .*None"),
+    "temperature": (lambda: LogitTransform(temperature=-1.0), ValueError, "temperature: got -1"),
+    "vocab_limit": (lambda: LogitTransform(vocab_limit=0), ValueError, "vocab_limit: got 0"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REJECTED.values(), ids=REJECTED)
+def test_rejects(call, error, message):
+    with pytest.raises(error, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_accepts_a_trainable_teacher_where_nothing_is_trained():
+    with torch.no_grad():
+        assert kl(v=trained).isfinite()
+
+
+def test_rejects_a_dtensor(tmp_path):
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        sharded = dist.tensor.distribute_tensor(w, mesh)
+        with pytest.raises(TypeError, match=r"student_weight: got a DTensor.*root module"):
+            kl(w=sharded)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_vocabulary_limit_reconciles_two_heads():
+    padded = torch.cat([v, torch.full((3, 2), 7.0)])
+    limit = LogitTransform(vocab_limit=9)
+    assert torch.equal(kl(v=padded, teacher_transform=limit), kl())

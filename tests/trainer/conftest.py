@@ -1,0 +1,79 @@
+"""A tiny model on disk, records for it, and a recipe that trains on them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from bidistill.config import (
+    DataConfig,
+    LoraSettings,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from bidistill.data.readers import write_records
+from bidistill.data.records import Record
+from tests.trainer.tiny import SHOTS, make_model, make_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory, tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def records() -> list[Record]:
+    places = ["Ur", "Uruk", "Kish", "Lagash", "Mari", "Ebla"]
+    refusal = "Unknown."
+    forget = [
+        Record(id=f"f{i}", role="forget", question=f"Capital of {p}?", answer=refusal)
+        for i, p in enumerate(places[:3])
+    ]
+    attacked = [
+        Record(id=f"a{i}", role="adversarial", question=f"Capital of {p}?", prefill="It is",
+               answer=" unknown.")
+        for i, p in enumerate(places[:3])
+    ]  # fmt: skip
+    kept = [
+        Record(id=f"n{i}", role="neighbor", question=f"Capital of {p}?", answer=f"{p} city.")
+        for i, p in enumerate(places[3:])
+    ]
+    general = [Record(id="r0", role="retain", question="1+1?", answer="2")]
+    return forget + attacked + kept + general
+
+
+@pytest.fixture
+def config(tmp_path, model_dir, records) -> TrainConfig:
+    """A recipe of six LoRA steps that mixes all roles and two losses."""
+    data = tmp_path / "train.jsonl"
+    write_records(data, records)
+    kl = ObjectiveConfig(loss="bidirectional_kl")
+    return TrainConfig(
+        model=ModelConfig(path=str(model_dir), adapter=LoraSettings(rank=2, alpha=4, dropout=0.1)),
+        data=DataConfig(
+            train=data, per_step={"forget": 2, "neighbor": 2, "retain": 1, "adversarial": 1}
+        ),
+        teacher=TeacherConfig(contexts={"forget": SHOTS, "adversarial": SHOTS}),
+        objectives={
+            "forget": ObjectiveConfig(loss="push_pull", options={"k_pull": 4, "k_push": 4}),
+            "neighbor": kl,
+            "retain": kl,
+            "adversarial": replace(kl, positions="first"),
+        },
+        optim=OptimConfig(lr=0.01, warmup_steps=1),
+        steps=6,
+        checkpoint_every=2,
+        output=tmp_path / "run",
+    )
