@@ -17,7 +17,7 @@ help:
 	@echo "make clean    remove .venv and caches; runs/ stays"
 
 demo: $(INSTALLED)
-	$(BIN)/bidistill demo --output runs/demo
+	$(BIN)/bidistill demo --output runs/demo --overwrite
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest

@@ -38,7 +38,8 @@ def cli() -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), help="Training steps, if not the usual ones.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the output folder.")
-def demo(output: Path, seed: int, steps: int | None, resume: bool) -> None:
+@click.option("--overwrite", is_flag=True, help="Replace an earlier demo in the output folder.")
+def demo(output: Path, seed: int, steps: int | None, resume: bool, overwrite: bool) -> None:
     """Make a small real model forget twelve capitals.
 
     The model is SmolLM2-135M-Instruct. Measures it before and after, and writes
@@ -50,7 +51,7 @@ def demo(output: Path, seed: int, steps: int | None, resume: bool) -> None:
     """
     from bidistill.demo import run
 
-    run(output=output, seed=seed, steps=steps, resume=resume)
+    run(output=output, seed=seed, steps=steps, resume=resume, overwrite=overwrite)
 
 
 @cli.command()

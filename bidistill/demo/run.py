@@ -1,5 +1,6 @@
 """The demo from end to end; every number in its metrics is measured in this one run."""
 
+import gc
 import resource
 import shutil
 import time
@@ -73,6 +74,7 @@ def run(
     trained_at = time.perf_counter()
     adapter = train.main(config, resume)
     train_seconds = time.perf_counter() - trained_at
+    gc.collect()  # the trained model holds itself: its step is a method bound to it
 
     merged = _merge(model_dir, adapter, tokenizer, output / "model")
     after, items = evaluate(merged, tokenizer, probes, label="after")
@@ -159,4 +161,5 @@ def _merge(
     model = PeftModel.from_pretrained(load_base(model_dir), adapter)
     # fp32, so that the merged model and the adapter on its base answer alike
     export.save_merged(model, tokenizer, folder, torch.float32)
+    del model
     return load_base(folder)
