@@ -34,24 +34,25 @@ def cli() -> None:
 
 
 @cli.command()
+@OVERRIDES
 @click.option("--output", type=FOLDER, default="runs/demo", show_default=True, help="Results.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--steps", type=click.IntRange(min=1), help="Training steps, if not the usual ones.")
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in the output folder.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier demo in the output folder.")
-def demo(output: Path, seed: int, steps: int | None, resume: bool, overwrite: bool) -> None:
+def demo(overrides: Sequence[str], output: Path, seed: int, resume: bool, overwrite: bool) -> None:
     """Make a small real model forget twelve capitals.
 
     The model is SmolLM2-135M-Instruct. Measures it before and after, and writes
-    metrics.json and report.html.
+    metrics.json and report.html. KEY=VALUE changes a setting of the demo's recipe.
 
     \b
-    Example:
-      bidistill demo --output runs/demo
+    Examples:
+      bidistill demo
+      bidistill demo --output runs/all-layers model.adapter.contrast=null
     """
     from bidistill.demo import run
 
-    run(output=output, seed=seed, steps=steps, resume=resume, overwrite=overwrite)
+    run(output, overrides, seed=seed, resume=resume, overwrite=overwrite)
 
 
 @cli.command()

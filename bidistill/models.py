@@ -67,12 +67,17 @@ class TeacherRows:
         self.bias = bias
 
 
-def load_model(config: ModelConfig) -> PreTrainedModel | PeftModel:
+def load_model(config: ModelConfig, seed: int = 0) -> PreTrainedModel | PeftModel:
     """Load the model of a recipe, with a fresh adapter if the recipe asks for one.
 
     Weights that train are fp32 whatever the file holds: they are the masters that the optimiser
-    updates. Frozen ones have the recipe's dtype. The adapter draws from torch's global generator,
-    so seed it first.
+    updates. Frozen ones have the recipe's dtype.
+
+    Args:
+        config: the model and its adapter.
+        seed: of torch's global generators, set once the files are loaded: loading may draw
+            numbers or not, and the adapter's first values and all that follows must not depend
+            on it.
 
     Raises:
         UserError: the folder is missing, holds no safetensors file or lacks weights, or the
@@ -80,6 +85,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel | PeftModel:
     """
     frozen = config.adapter is not None
     model = load_base(config.path, getattr(torch, config.dtype) if frozen else torch.float32)
+    torch.manual_seed(seed)
     return add_adapter(model, config.adapter) if config.adapter else model
 
 

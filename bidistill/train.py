@@ -69,7 +69,6 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
         return result
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
     tokenizer = load_tokenizer(config.model.path)
     examples = build_examples(
         list(read_records(config.data.train)),
@@ -78,7 +77,7 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
         max_answer_tokens=config.data.max_answer_tokens,
     )
     loader = RoleLoader(examples, config.data.per_step, config.seed)
-    model = load_model(config.model)
+    model = load_model(config.model, config.seed)
     objectives = Objectives(config.objectives, read_logit_transform(model))
     attach_distill_step(model)
     run_folder.begin(config)  # nothing was written so far, and little can fail from here on

@@ -43,7 +43,7 @@ def test_no_arguments_show_help(capsys):
 def test_help_has_an_example_and_describes_itself(capsys, command):
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
-    assert f"Example:\n    bidistill {command}" in text
+    assert re.search(f"Examples?:\n    bidistill {command}", text)
     main(["--help"])
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith(f"  {command} "))
     assert not line.endswith("..."), "the first line of the help is too long to be shown"
@@ -63,7 +63,7 @@ def test_help_does_not_wait_for_pytorch():
         (["train"], "Missing argument 'RECIPE'. See bidistill train --help."),
         (["train", "none.yaml"], "none.yaml: cannot be read: .*; give a recipe file"),
         (["train", "--fast", "x"], "No such option '--fast'. See bidistill train --help."),
-        (["demo", "--steps", "0"], "Invalid value for '--steps': .* See bidistill demo --help."),
+        (["demo", "--seed", "-1"], "Invalid value for '--seed': .* See bidistill demo --help."),
         (["eval", "--model", "x"], "Missing option '--probes'. See bidistill eval --help."),
         (["report", "no-such-run"], "no-such-run.*"),
     ],

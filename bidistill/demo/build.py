@@ -5,15 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bidistill.data.packing import pack
-from bidistill.data.records import Record
+from bidistill.data.records import Record, Role
 from bidistill.data.views import Example, build_examples
 from bidistill.demo.facts import FORGET, Fact, Place, opener, refusal
 from bidistill.evaluation.detectors import says_fact
 from bidistill.evaluation.probes import Group, Probe
-from bidistill.models import hidden_rows, unwrapped
+from bidistill.models import hidden_rows
 
 TRAINED_NEIGHBORS = 40
 FIRM = 0.1
@@ -72,7 +73,7 @@ def margins(
         Record(id=f.id, role="neighbor", question=f.question, answer=replies[f.id]) for f in facts
     ]
     examples = build_examples(records, tokenizer, {})
-    head = unwrapped(model).get_output_embeddings()
+    head: nn.Module = model.get_output_embeddings()  # type: ignore
     found: dict[str, float] = {}
     for start in range(0, len(facts), EXAMPLES_PER_PACK):
         chunk = examples[start : start + EXAMPLES_PER_PACK]
@@ -86,10 +87,11 @@ def margins(
 
 def _tokens_to_fact(tokenizer: PreTrainedTokenizerBase, fact: Fact, example: Example) -> int:
     """Answer tokens up to the one that completes the fact."""
-    counts = range(1, len(example.answer_ids) + 1)
-    decode = tokenizer.decode
-    complete = (n for n in counts if says_fact(decode(example.answer_ids[:n]), fact.accept))
-    return next(complete, len(example.answer_ids))
+    ids = list(example.answer_ids)
+    for count in range(1, len(ids)):
+        if says_fact(str(tokenizer.decode(ids[:count])), fact.accept):
+            return count
+    return len(ids)
 
 
 def probe(fact: Fact, group: Group) -> Probe:
@@ -144,7 +146,8 @@ def training_records(
             )
             for number, prefill in enumerate(trained_openers(name))
         ]
-    for role, facts in (("neighbor", neighbors), ("retain", retain)):
+    keeping: dict[Role, Sequence[Fact]] = {"neighbor": neighbors, "retain": retain}
+    for role, facts in keeping.items():
         records += [
             Record(id=f.id, role=role, question=f.question, answer=replies[f.id]) for f in facts
         ]

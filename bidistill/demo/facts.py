@@ -86,5 +86,5 @@ def refusal(name: str) -> str:
 
 
 def _rows(name: str) -> list[dict[str, str]]:
-    text = files(__package__).joinpath(name).read_text(encoding="utf-8")
+    text = files("bidistill.demo").joinpath(name).read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines()))

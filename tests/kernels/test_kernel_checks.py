@@ -1,9 +1,8 @@
 """What callers get wrong, and that the message names the argument and the way out."""
 
+import bidistill_kernels as bk
 import pytest
 import torch
-
-import bidistill_kernels as bk
 from bidistill_kernels import LogitTransform
 
 x, w, y, v = torch.randn(4, 3), torch.randn(9, 3), torch.randn(4, 2), torch.randn(9, 2)

@@ -6,10 +6,15 @@ of the driver itself: reductions, weights, chunks, what is not computed, transfo
 
 import pytest
 import torch
+from bidistill_kernels import (
+    LogitTransform,
+    bidirectional_kl,
+    bidirectional_kl_reference,
+    lm_head,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bidistill_kernels import LogitTransform, lm_head
 from tests.kernels.cases import CASES, Inputs, eager, fused, gradients, make_inputs
 from tests.support import assert_close
 
@@ -134,9 +139,7 @@ def test_reductions(case):
 
 
 @settings(derandomize=True, max_examples=15, deadline=None)
-@given(
-    rows=st.integers(1, 20), bytes_=st.integers(1, 40_000), name=st.sampled_from(sorted(CASES))
-)
+@given(rows=st.integers(1, 20), bytes_=st.integers(1, 40_000), name=st.sampled_from(sorted(CASES)))
 def test_chunks_do_not_matter(rows, bytes_, name):
     inputs = make_inputs(rows, 37, seed=rows).to(torch.float64)
     whole, parts = fused(CASES[name], inputs), fused(CASES[name], inputs, chunk_bytes=bytes_)
@@ -289,8 +292,6 @@ def test_offsets_beyond_2_to_the_31():
     logits = torch.randn(1, 65_536).expand(33_001, -1)
     weight = torch.zeros(33_001)
     weight[-1] = 1
-    from bidistill_kernels import bidirectional_kl, bidirectional_kl_reference
-
     teacher = torch.randn(1, 65_536)
     loss = bidirectional_kl(logits, teacher.expand(33_001, -1), token_weight=weight)
     expected = bidirectional_kl_reference(logits[:1].double(), teacher.double())

@@ -1,10 +1,10 @@
 """The two operations as torch sees them: schema, fake and autograd agree, and compile whole."""
 
+import bidistill_kernels as bk
 import pytest
 import torch
-
-import bidistill_kernels as bk
 from bidistill_kernels import LogitTransform, _ops
+
 from tests.kernels.cases import CASES, fused, gradients, make_inputs
 
 KINDS = {name: CASES[name] for name in ("kl_and_ce", "hinge", "cross_entropy")}

@@ -1,0 +1,268 @@
+"""Push-pull: the definition, the invariants of each reading, ties and edges.
+
+The fused form is tested in test_lm_head.py. The invariants name the readings: hinge and match work
+on differences to the teacher, suppress and bounded on the student alone.
+"""
+
+import pytest
+import torch
+from bidistill_kernels import linear_push_pull, push_pull, push_pull_reference
+from bidistill_kernels.push_pull import top_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support import assert_close
+
+inf = torch.inf
+READINGS = ["hinge", "match", "suppress", "bounded"]
+each_reading = pytest.mark.parametrize("reading", READINGS)
+V = 30
+
+
+def rows(student, teacher, **options):
+    return push_pull(student, teacher, reduction="none", **options)
+
+
+def draw(seed=0, spread=3.0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(5, V, generator=g, dtype=torch.float64) * spread for _ in range(2)]
+
+
+def gradient(student, teacher, **options):
+    student = student.clone().requires_grad_()
+    return torch.autograd.grad(rows(student, teacher, **options).sum(), student)[0]
+
+
+def chosen(logits, k):
+    """Mask of the k largest, by a full sort."""
+    ids = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, value=True)
+
+
+def test_reference_matches_definition():
+    """By hand: the teacher ranks ids 1 and 2, the student 0 and 1, so 0 alone is pushed."""
+    s, t = torch.tensor([[4.0, 3.0, 0.0, 1.0]]), torch.tensor([[1.0, 3.5, 2.0, 0.0]])
+    pull = 0.5**2 / 2 + (2.0 - 0.5)  # u = -0.5 quadratic, u = -2 linear
+    p = s.softmax(-1)[0, 0].item()
+    push = {
+        "hinge": (3.0 - 0.25) - 0.5,
+        "match": (3.0 - 0.5) + 0.5**2 / 2,  # id 1 is counted in both directions
+        "suppress": 4.0,
+        "bounded": -torch.log1p(torch.tensor(-p)).item(),
+    }
+    for reading, term in push.items():
+        options = {"k_pull": 2, "k_push": 2, "push_weight": 2.0, "margin": 0.25}
+        loss = push_pull_reference(s, t, reading=reading, **options)
+        torch.testing.assert_close(loss, torch.tensor([pull + 2 * term]), msg=reading)
+        torch.testing.assert_close(rows(s, t, reading=reading, **options), loss, msg=reading)
+
+
+@each_reading
+def test_gradcheck(reading):
+    s, t = draw(1)
+    s.requires_grad_()
+    options = {"reading": reading, "k_pull": 4, "k_push": 6, "margin": 0.2, "push_weight": 0.7}
+    assert torch.autograd.gradcheck(lambda s: push_pull_reference(s, t, **options), s)
+    assert torch.autograd.gradcheck(lambda s: rows(s, t, **options), s)
+
+
+# --- invariants ---------------------------------------------------------------------------
+
+
+@each_reading
+def test_never_negative(reading):
+    s, t = draw(2)
+    loss = rows(s - 100, t, reading=reading)
+    # suppress rewards low logits without a bound
+    assert (loss >= 0).all() or reading == "suppress"
+    assert (rows(s - 1e4, t, reading="suppress", push_weight=9.0) < 0).any()
+
+
+@each_reading
+def test_zero_loss_and_gradient_where_student_equals_teacher(reading):
+    s, _ = draw(3)
+    assert not rows(s, s.clone(), reading=reading, k_push=8).any()
+    assert not gradient(s, s.clone(), reading=reading, k_push=8).any()
+    # suppress and bounded need the pushed ids to be pulled as well
+    more = gradient(s, s.clone(), reading=reading, k_pull=4, k_push=9)
+    assert more.any() == (reading in ("suppress", "bounded"))
+
+
+@each_reading
+def test_gradient_support(reading):
+    s, t = draw(4)
+    support = gradient(s, t, reading=reading, k_pull=5, k_push=7) != 0
+    union = chosen(t, 5) | chosen(s, 7)
+    if reading == "bounded":  # a probability concerns every id
+        assert support.all()
+    else:
+        assert not (support & ~union).any()
+        assert (support & chosen(s, 7) & ~chosen(t, 5)).any()
+
+
+def push_gradient(s, t, **options):
+    """The push term's share of the gradient, at one id pushed in each row, and these ids."""
+    whole = gradient(s, t, push_weight=0.7, **options)
+    push = whole - gradient(s, t, push_weight=0.0, **options)
+    return push, (chosen(s, options["k_push"]) & ~chosen(t, options["k_pull"]))
+
+
+def test_push_gradient_of_match():
+    s, t = draw(5)
+    push, _ = push_gradient(s, t, reading="match", k_pull=4, k_push=6, delta=1.5)
+    expected = 0.7 * (s - t).clamp(-1.5, 1.5) * chosen(s, 6)
+    torch.testing.assert_close(push, expected)
+
+
+def test_push_gradient_of_hinge():
+    s, t = draw(5)
+    push, own = push_gradient(s, t, reading="hinge", k_pull=4, k_push=6, margin=0.5)
+    torch.testing.assert_close(push, 0.7 * (s - t - 0.5).clamp(0, 1) * own)
+    # strictly downward wherever the student exceeds the teacher by more than the margin
+    assert (push[own & (s > t + 0.5)] > 0).all()
+    assert (push >= -1e-12).all()
+
+
+def test_push_gradient_of_suppress():
+    s, t = draw(5)
+    push, own = push_gradient(s, t, reading="suppress", k_pull=4, k_push=6)
+    torch.testing.assert_close(push, 0.7 * own)
+
+
+def test_push_gradient_of_bounded():
+    s, t = draw(5)
+    t = s.clone()
+    t[:, :] = torch.where(chosen(s, 1), s - 50, s)  # the student's first id alone is pushed
+    push, own = push_gradient(s, t, reading="bounded", k_pull=4, k_push=4)
+    assert (own.sum(-1) == 1).all()
+    p = s.softmax(-1)
+    p_j = p[own][:, None]
+    expected = torch.where(own, p_j, -p * p_j / (1 - p_j))
+    torch.testing.assert_close(push, 0.7 * expected)
+
+
+@each_reading
+def test_whole_vocabulary_pulled(reading):
+    s, t = draw(6)
+    options = {"reading": reading, "k_pull": V, "k_push": 7}
+    pull = rows(s, t, push_weight=0.0, **options)
+    extra = rows(s, t, **options) - pull
+    if reading == "match":  # counts the student's ids twice
+        huber = torch.where((s - t).abs() <= 1, (s - t) ** 2 / 2, (s - t).abs() - 0.5)
+        torch.testing.assert_close(extra, (huber * chosen(s, 7)).sum(-1))
+    else:
+        assert not extra.any()
+    # more ids than there are means all of them
+    torch.testing.assert_close(rows(s, t, reading=reading, k_pull=9 * V, k_push=7), pull + extra)
+
+
+@each_reading
+def test_no_push_is_duet_bit_for_bit(reading):
+    s, t = draw(7)
+    u = (s - t).masked_fill(~chosen(t, 10), 0)
+    duet = torch.where(u.abs() <= 1, u**2 / 2, u.abs() - 0.5).sum(-1)
+    options = {"push_weight": 0.0, "reading": reading}
+    torch.testing.assert_close(rows(s, t, **options), duet)
+    hinge = {**options, "reading": "hinge"}
+    assert torch.equal(rows(s, t, **options), rows(s, t, **hinge))
+    assert torch.equal(gradient(s, t, **options), gradient(s, t, **hinge))
+
+
+@each_reading
+def test_ignored_rows_never_change_the_loss(reading):
+    s, t = draw(8)
+    target = torch.tensor([0, -100, 0, -100, 0])
+    loss = push_pull(s, t, target, reading=reading)
+    s[1], t[3] = 77.0, -5.0
+    assert torch.equal(push_pull(s, t, target, reading=reading), loss)
+
+
+# --- properties ---------------------------------------------------------------------------
+
+properties = settings(derandomize=True, max_examples=15, deadline=None)
+
+
+@properties
+@given(st.integers(0, 2**31), st.floats(-20, 20), st.sampled_from(["hinge", "match"]))
+def test_a_constant_on_both_sides_changes_nothing(seed, constant, reading):
+    s, t = draw(seed)
+    options = {"reading": reading, "k_pull": 4, "k_push": 6}
+    expected = rows(s, t, **options)
+    torch.testing.assert_close(rows(s + constant, t + constant, **options), expected)
+    # raw logits are not distributions: on one side alone it does change the loss
+    assert not torch.allclose(rows(s + 3, t, **options), expected)
+
+
+@properties
+@given(st.integers(0, 2**31), st.sampled_from(READINGS))
+def test_the_order_of_the_vocabulary_changes_nothing(seed, reading):
+    s, t = draw(seed)
+    order = torch.randperm(V, generator=torch.Generator().manual_seed(seed))
+    options = {"reading": reading, "k_pull": 4, "k_push": 6}
+    torch.testing.assert_close(rows(s[:, order], t[:, order], **options), rows(s, t, **options))
+
+
+@properties
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 45))
+def test_ties_go_to_the_lowest_ids(values, k):
+    logits = torch.tensor([values, values[::-1]], dtype=torch.float32)
+    ids = top_ids(logits, k)
+    assert ids.shape == (2, min(k, len(values)))
+    mask = torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, value=True)
+    assert torch.equal(mask, chosen(logits, k))
+
+
+# --- edges --------------------------------------------------------------------------------
+
+
+@each_reading
+def test_masked_ids(reading):
+    s, t = draw(9)
+    s[0, :25] = t[0, :25] = -inf  # absent: five ids are left, fewer than k
+    s[1, :25] = -inf  # ruled out by the student alone: nothing to push there
+    t[1, :25] = s[0].abs().sum() * 0 - 50  # (the teacher ranks them last)
+    options = {"reading": reading, "k_pull": 5, "k_push": 8}
+    loss = rows(s, t, **options)
+    expected = push_pull_reference(s, t, **options)
+    torch.testing.assert_close(loss, expected)
+    assert loss[0].isfinite()
+    assert not gradient(s, t, **options)[0].isnan().any()
+
+
+@each_reading
+def test_logits_of_ten_thousand(reading):
+    s, t = draw(10)
+    s, t = s.float(), t.float()
+    s[0, 3], s[1, 4], t[2, 5] = 1e4, -1e4, 1e4
+    options = {"reading": reading, "k_pull": 3, "k_push": 5}
+    loss = rows(s, t, **options)
+    grad = gradient(s, t, **options)
+    assert loss.isfinite().all()
+    assert grad.isfinite().all()
+    if reading == "bounded":
+        # the definition needs 1 - p of p = 1 - e^-9990, which float64 does not have either:
+        # the log of the others' share of the sum gives it
+        rest = s[0].double().index_fill(0, torch.tensor([3]), -inf).logsumexp(-1)
+        push = loss[0] - rows(s, t, push_weight=0.0, **options)[0]
+        torch.testing.assert_close(push.double(), 1e4 - rest, rtol=1e-2, atol=0)
+        assert grad[0, 3] - gradient(s, t, push_weight=0.0, **options)[0, 3] == 1
+    else:
+        expected = push_pull_reference(s.double(), t.double(), **options)
+        assert_close("loss", loss, expected, push_pull_reference(s, t, **options))
+
+
+def test_no_dense_gradient_is_formed(monkeypatch):
+    """Readings on raw logits multiply gathered head rows, never (C, V) by (V, D)."""
+    from bidistill_kernels import lm_head
+
+    def refuse(*args):
+        raise AssertionError("dense gradient")
+
+    monkeypatch.setattr(lm_head.Gradients, "add_dense", refuse)
+    x, w = torch.randn(4, 6, requires_grad=True), torch.randn(40, 6, requires_grad=True)
+    y, v = torch.randn(4, 3), torch.randn(40, 3)
+    for reading in ("hinge", "match", "suppress"):
+        linear_push_pull(x, w, y, v, reading=reading).backward()
+    assert w.grad.any(-1).sum() < 40
+    with pytest.raises(AssertionError, match="dense gradient"):
+        linear_push_pull(x, w, y, v, reading="bounded")
