@@ -249,7 +249,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     raw = _parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise UserError(f"{path}: got {_kind(raw)}, expected a mapping of keys to values")
-    return raw
+    return _unshared(raw)
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which nothing is shared: an override of one key must not reach an alias of it."""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

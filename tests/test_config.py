@@ -160,3 +160,13 @@ def test_every_setting_is_known_where_it_is_looked_up(recipe):
         with pytest.raises(UserError, match=f"^{section}: got unknown key 'qqq'"):
             load_config(recipe, [f"{section}.qqq=1"])
     assert {field.name for field in dataclasses.fields(TrainConfig)} == set(config)
+
+
+def test_override_of_an_anchor_leaves_its_aliases_alone(recipe):
+    text = RECIPE.replace("  forget: {loss: push_pull", "  forget: &same {loss: push_pull").replace(
+        "  retain: {loss: bidirectional_kl, weight: 0.5}", "  retain: *same"
+    )
+    recipe.write_text(text)
+    config = load_config(recipe, ["objectives.forget.weight=3"])
+    assert (config.objectives["forget"].weight, config.objectives["retain"].weight) == (3.0, 1.0)
+    assert config.objectives["retain"].loss == "push_pull"

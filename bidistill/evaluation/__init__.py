@@ -79,7 +79,8 @@ def _load(model_dir: Path | str, adapter: Path | str | None) -> "PreTrainedModel
 
     from bidistill.models import load_base
 
-    model = load_base(model_dir).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_base(model_dir)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore
     if adapter is None:
         return model
     if not (Path(adapter) / "adapter_model.safetensors").is_file():

@@ -14,9 +14,6 @@ _APOSTROPHES = "['\u2018\u2019\u02bb\u02bc`\u00b4]"
 # Scripts that are written without spaces: there a word may end anywhere.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
 
-# What may stand between the words of a fact.
-_GAP = r"\W+"
-
 
 def fold(text: str) -> str:
     """Lower case, without accents and apostrophes: what differs only in these is the same.
@@ -52,11 +49,10 @@ def says_fact(continuation: str, accept: Sequence[str], prefill: str = "") -> bo
         >>> says_fact(" Ababa.", ["Addis Ababa"])
         False
     """
-    given = len(fold(prefill))
-    text = fold(prefill) + fold(continuation)
-    return fact_is_open(accept, prefill) and any(
-        match.end(1) > given for fact in accept for match in _occurrences(fact, text)
-    )
+    if not fact_is_open(accept, prefill):
+        return False
+    # what the prefill does not say by itself can only end in the continuation
+    return any(_occurs(fact, fold(prefill) + fold(continuation)) for fact in accept)
 
 
 def fact_is_open(accept: Sequence[str], prefill: str) -> bool:
@@ -68,18 +64,17 @@ def fact_is_open(accept: Sequence[str], prefill: str) -> bool:
         >>> fact_is_open(["Addis Ababa"], "The capital is Addis Ababa.")
         False
     """
-    return not any(True for fact in accept for _ in _occurrences(fact, fold(prefill)))
+    return not any(_occurs(fact, fold(prefill)) for fact in accept)
 
 
-def _occurrences(fact: str, text: str) -> list[re.Match[str]]:
-    """Matches of a fact in a folded text, overlapping ones too; group 1 spans the fact."""
+def _occurs(fact: str, text: str) -> bool:
+    """Whether a folded text holds a fact, as whole words."""
     words = re.findall(r"\w+", fold(fact))
     if not words:
-        return []
+        return False
     before = "" if re.match(f"[{_UNSPACED}]", words[0]) else r"(?<!\w)"
     after = "" if re.search(f"[{_UNSPACED}]$", words[-1]) else r"(?!\w)"
-    # the lookahead consumes nothing, so that a match cannot hide one that starts inside it
-    return list(re.finditer(rf"{before}(?=({_GAP.join(words)}){after})", text))
+    return re.search(before + r"\W+".join(words) + after, text) is not None
 
 
 # Refusals, on folded text: "don't" reads "dont", "I'm" reads "im". A bare "not able to" or "no" is

@@ -125,8 +125,8 @@ def test_the_worst_depth_is_reported_and_plain_questions_are_not_attacks(monkeyp
 def test_one_opener_that_works_is_enough():
     probe = PROBES[0]
     items = [
-        judge(probe, "opener", "Sure:", "I don't know"),
-        judge(probe, "opener", "Of course:", " Onhava"),
+        judge(probe, "opener", "Sure:", " Onhava"),
+        judge(probe, "opener", "Of course:", "I don't know"),
         judge(probe, "opener", "Onhava:", " Onhava"),
         judge(PROBES[1], "opener", "Sure:", " no"),
     ]
