@@ -249,10 +249,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     raw = _parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise UserError(f"{path}: got {_kind(raw)}, expected a mapping of keys to values")
-    return _unshared(raw)
+    return {key: _unshared(value) for key, value in raw.items()}
 
 
-def _unshared(value: Any) -> Any:
+def _unshared(value: object) -> object:
     """A copy in which nothing is shared: an override of one key must not reach an alias of it."""
     if isinstance(value, dict):
         return {key: _unshared(inner) for key, inner in value.items()}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -170,3 +171,12 @@ def test_override_of_an_anchor_leaves_its_aliases_alone(recipe):
     config = load_config(recipe, ["objectives.forget.weight=3"])
     assert (config.objectives["forget"].weight, config.objectives["retain"].weight) == (3.0, 1.0)
     assert config.objectives["retain"].loss == "push_pull"
+
+
+def test_example_recipe_loads_and_names_every_setting():
+    path = Path(__file__).parents[1] / "recipes" / "example.yaml"
+    config = load_config(path)
+    given = yaml.safe_load(path.read_text())
+    assert given.keys() == as_dict(config).keys()
+    for section in ("model", "data", "teacher", "optim"):
+        assert given[section].keys() == as_dict(config)[section].keys(), section
