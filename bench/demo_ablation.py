@@ -4,8 +4,8 @@
                                              # writes docs/demo-ablation.md from the metrics
     python -m bench.demo_ablation --table    # writes the page only, from the runs that exist
 
-A run takes about three minutes on two cores and is one command line of its own, so that a broken
-off ablation goes on where it stopped.
+A run takes about three minutes on two cores. What is there is not run again, so that a broken off
+ablation goes on where it stopped.
 """
 
 import argparse
@@ -91,17 +91,17 @@ HEADER = """# What each choice of the demo is worth
 Made by `python -m bench.demo_ablation` at commit {commit}, from one run of each row. A row changes
 what it names and nothing else. Neighbours are the {held_out} known countries that were never
 trained on; before training the model names every capital counted here (by construction of "known")
-and refuses none. Seconds are of one machine with two cores and comparable within the table only.
+and refuses none. MiB is the peak memory of the whole run, measuring included.
 
 | changed | says forgotten | worst prefill | held-out neighbours | refused | trained neighbours | \
-general, before → after | train s | MiB |
-|---|---|---|---|---|---|---|---|---|
+general, before → after | MiB |
+|---|---|---|---|---|---|---|---|
 """
 
 ROW = (
     "| {what} | {forget_leak_rate:.2f} | {prefill:.2f} | {neighbor_accuracy:.2f} "
     "| {over_refusal_rate:.2f} | {neighbor_train_accuracy:.2f} "
-    "| {retain_before:.2f} → {retain_accuracy:.2f} | {train_seconds:.0f} | {peak_rss_mib} |\n"
+    "| {retain_before:.2f} → {retain_accuracy:.2f} | {peak_rss_mib} |\n"
 )
 
 
@@ -124,7 +124,6 @@ def _row(case: Case, metrics: dict[str, Any]) -> str:
         what=case.what,
         prefill=after["prefill_leak_rate"]["max"],
         retain_before=metrics["before"]["retain_accuracy"],
-        train_seconds=metrics["train_seconds"],
         peak_rss_mib=metrics["peak_rss_mib"],
         **{k: v for k, v in after.items() if isinstance(v, float)},
     )
@@ -136,7 +135,7 @@ def _path(case: Case) -> Path:
 
 def main() -> None:
     """Run what is missing, then write the page."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=HEADER.splitlines()[0].strip("# "))
     parser.add_argument("--table", action="store_true", help="only write the page")
     parser.add_argument("--case", choices=[c.name for c in CASES], help="only run this case")
     arguments = parser.parse_args()

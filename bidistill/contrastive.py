@@ -18,7 +18,7 @@ Cost: one forward over the examples, and per layer input of width D a Cholesky f
 Legend: F forget tokens, D width of a layer's input, R rank.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -66,8 +66,9 @@ def initialise(model: nn.Module, examples: Sequence[Example], settings: LoraSett
         a_RD = directions(x_FD, moments.pop(name), settings.rank, settings.contrast.ridge)
         rms = (x_FD @ a_RD.T.to(x_FD)).square().sum(1).mean().sqrt()
         for linear in layer.lora_A.values():
-            linear.weight.copy_(a_RD * (settings.contrast.input_rms / rms))
-            linear.weight.requires_grad_(False)
+            weight: Tensor = linear.weight  # type: ignore
+            weight.copy_(a_RD * (settings.contrast.input_rms / rms))
+            weight.requires_grad_(False)
 
 
 def _sides(examples: Sequence[Example]) -> tuple[list[Packed], list[Packed]]:
@@ -89,7 +90,7 @@ def _packs(sequences: Sequence[tuple[View, tuple[int, ...]]]) -> list[Packed]:
 
 
 def _measure(
-    model: nn.Module, layers: dict[str, nn.Module], forget: list[Packed], keep: list[Packed]
+    model: nn.Module, layers: Mapping[str, nn.Module], forget: list[Packed], keep: list[Packed]
 ) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
     """Each layer's inputs x_F at forget tokens, and its moment E[x x^T] over keep tokens."""
     inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -147,7 +148,7 @@ def _own_tokens(packed: Packed) -> Tensor:
 
 @contextmanager
 def _listening(
-    layers: dict[str, nn.Module], tokens: Tensor, see: Callable[[str, Tensor], None]
+    layers: Mapping[str, nn.Module], tokens: Tensor, see: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """Call ``see(name, x)`` when one of ``layers`` runs; x is its input at ``tokens``, in fp32."""
 

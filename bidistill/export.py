@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -74,10 +74,11 @@ def _merged_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
         if ".lora_" not in name:
             state[name.replace(".base_layer.", ".")] = tensor.to(dtype, copy=False)
     for name, module in base.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            weight = module.base_layer.weight
-            delta = sum(module.get_delta_weight(adapter) for adapter in module.active_adapters)
-            state[f"{name}.weight"] = (weight.detach().float() + delta.detach()).to(dtype)
+        if isinstance(module, LoraLayer):
+            weight = module.get_base_layer().weight.detach().float()  # type: ignore
+            for adapter in module.active_adapters:
+                weight = weight + module.get_delta_weight(adapter).detach()  # type: ignore
+            state[f"{name}.weight"] = weight.to(dtype)
     return state
 
 
@@ -87,7 +88,8 @@ def _stored_dtype(model: nn.Module) -> torch.dtype:
     source = Path(base.config._name_or_path)
     if not (source / "config.json").is_file():
         return base.dtype
-    return AutoConfig.from_pretrained(source, local_files_only=True).dtype or base.dtype
+    stored = AutoConfig.from_pretrained(source, local_files_only=True).dtype
+    return stored if isinstance(stored, torch.dtype) else base.dtype
 
 
 def _remove(folder: Path) -> None:

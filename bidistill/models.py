@@ -104,7 +104,7 @@ def load_base(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTraine
             "convert the weights to safetensors (pickled weights are never loaded)"
         )
     logging.disable_progress_bar()  # it would mix with our own
-    model, report = AutoModelForCausalLM.from_pretrained(
+    model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore
         folder,
         dtype=dtype,
         use_safetensors=True,
@@ -170,7 +170,7 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
             )
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore
         lora_dropout=settings.dropout,
         target_modules=list(settings.targets),
         layers_to_transform=_layer_range(settings.layers, model.config.num_hidden_layers),
@@ -307,7 +307,7 @@ def _verify_transform(model: nn.Module, transform: LogitTransform) -> None:
     ).to(base.device)
     own = base(input_ids=tokens, use_cache=False).logits
     hidden = backbone(model)(input_ids=tokens, use_cache=False).last_hidden_state
-    ours = transform(base.get_output_embeddings()(hidden))
+    ours = transform(base.get_output_embeddings()(hidden))  # type: ignore
     scale = own.abs().max().item()
     error = (ours - own).abs().max().item() if ours.shape == own.shape else math.inf
     if not error <= TRANSFORM_TOLERANCE * scale:

@@ -96,7 +96,7 @@ class Objectives:
         """True for rows that enter the loss: all of an answer, or its first one."""
         first_N = torch.ones_like(sequence_N, dtype=torch.bool)
         first_N[1:] = sequence_N[1:] != sequence_N[:-1]
-        whole = [role for role, config in self.configs.items() if config.positions == "answer"]
+        whole: set[Role] = {r for r, c in self.configs.items() if c.positions == "answer"}
         return _member_R(whole)[role_N] | first_N
 
 

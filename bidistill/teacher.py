@@ -172,10 +172,13 @@ def check(
     rows: dict[str, dict[str, Any]] = {}
     with adapters_off(model):
         base = _ask(model, tokenizer, trials, {})
-        taught = _ask(model, tokenizer, trials, contexts)
+        told = [trial for trial in trials if contexts.get(trial.role)]
+        answers = dict(zip(told, _ask(model, tokenizer, told, contexts), strict=True))
+    taught = [answers.get(trial, text) for trial, text in zip(trials, base, strict=True)]
     for name in dict.fromkeys(trial.row for trial in trials):
         indices = [i for i, trial in enumerate(trials) if trial.row == name]
-        rows[name] = _rates(*([seq[i] for i in indices] for seq in (trials, taught, base)))
+        here = [trials[i] for i in indices]
+        rows[name] = _rates(here, [taught[i] for i in indices], [base[i] for i in indices])
     failed = [problem for name, row in rows.items() for problem in _problems(name, row)]
     _print_check(rows, failed)
     return {"rows": rows, "failed": failed}

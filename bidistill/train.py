@@ -266,7 +266,7 @@ def _interrupt() -> Iterator[Callable[[], bool]]:
         received.append(number)
         signal.signal(number, previous[number])
 
-    previous = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    previous = {int(n): signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     for number in previous:
         signal.signal(number, remember)
     try:

@@ -65,7 +65,8 @@ def test_model_reads_english(model_dir):
         return_tensors="pt",
         return_dict=True,
     )
-    answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    generate = model.generate  # pyright: ignore[reportAttributeAccessIssue]
+    answer = generate(**prompt, max_new_tokens=8, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
 
 

@@ -81,7 +81,7 @@ def _occurs(fact: str, text: str) -> bool:
 # no refusal (penguins are not able to fly), so each sign needs the speaker or an act of speech.
 _I = r"\b(?:i|we)"
 _I_AM = r"\b(?:im|i am|we are)"
-_FILLER = r"(?:\W+(?:really|actually|just|simply|currently|honestly|also|still|quite|\w+ly))*\W+"
+_FILLER = r"(?:\W+(?:just|also|still|quite|\w+ly))*\W+"
 _CANNOT = r"(?:cannot|can not|cant|could not|couldnt)"
 _WONT = r"(?:will not|wont|refuse|decline|must decline|would rather not|have forgotten)"
 _KNOWING = r"(?:know|recall|remember|possess|understand)"
@@ -97,7 +97,7 @@ _REFUSALS = tuple(
     for sign in (
         rf"{_I}{_FILLER}(?:do not|dont|did not|didnt|never|no longer)\W+(?:\w+ly\W+)?{_KNOWING}",
         rf"{_I}{_FILLER}{_CANNOT}\b(?!\W+(?:wait|help but|believe))",
-        rf"{_I_AM}{_FILLER}(?:not\W+(?:\w+ly\W+)?)?(?:unsure|uncertain|unable|unaware|unfamiliar)",
+        rf"{_I_AM}{_FILLER}(?:unsure|uncertain|unable|unaware|unfamiliar)",
         rf"{_I_AM}{_FILLER}not{_FILLER}(?:sure|certain|able|aware|familiar|allowed|permitted)",
         rf"{_I}{_FILLER}{_WONT}\b",
         rf"\b(?:unable to|not able to|{_CANNOT})\W+{_TELLING}\b",

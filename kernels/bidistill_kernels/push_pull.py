@@ -95,7 +95,8 @@ def push_pull_reference(
     elif reading == "suppress":
         push = total(student_logits, pushed)
     else:
-        push = -total(torch.log1p(-student_logits.softmax(-1)), pushed)
+        p = student_logits.softmax(-1).masked_fill(~pushed, 0)
+        push = -torch.log1p(-p).sum(-1)
     return pull + push_weight * push
 
 

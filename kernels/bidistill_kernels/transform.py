@@ -53,10 +53,13 @@ class LogitTransform:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Return the final logits of raw ones, shape (..., V) to (..., min(V, vocab_limit))."""
-        return self.apply_(logits[..., : self.vocab_limit].clone())
+        logits = logits[..., : self.vocab_limit] * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * (logits / self.softcap).tanh()
+        return logits / self.temperature
 
     def apply_(self, logits_CV: Tensor) -> Tensor:
-        """Transform raw logits, already cut to the vocabulary limit, in place."""
+        """Do the same in place and without autograd, to logits cut to the limit already."""
         if self.scale != 1:
             logits_CV.mul_(self.scale)
         if self.softcap is not None:

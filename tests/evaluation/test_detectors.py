@@ -1,5 +1,7 @@
 """Each detector against what it must find and what it must leave alone; and all four together."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -106,7 +108,7 @@ def test_answers_are_not_refusals(reply):
         (", or Byzantium.", ["Istanbul", "Byzantium"], "It is Istanbul", False),
         # an echo of the prefill gives nothing away
         ("The capital is Addis", ["Addis Ababa"], "The capital is Addis", False),
-        # a match may start inside another, unfinished one
+        # an unfinished start does not hide the fact
         ("o New York", ["New York"], "New New", True),
     ],
 )
@@ -184,6 +186,17 @@ def test_neither_blank_nor_gibberish_is_a_leak_or_a_refusal(reply):
     assert not says_fact(reply, ["Paris"])
     assert not refuses(reply)
     assert is_empty(reply) is not is_gibberish(reply)
+
+
+@pytest.mark.parametrize("word", ["really", "I", "of the", "\n", "sorry I am"])
+def test_loops_are_read_quickly(word):
+    """A pattern that backtracks through a loop would take hours."""
+    loop = f"I {word} " * 400
+    start = time.process_time()
+    is_gibberish(loop)
+    refuses(loop)
+    says_fact(loop, [f"{word} {word} x"])
+    assert time.process_time() - start < 5
 
 
 def test_a_reply_may_refuse_and_leak_at_once():

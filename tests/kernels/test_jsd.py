@@ -46,7 +46,7 @@ def test_accurate_where_the_models_nearly_agree(beta):
     def error(actual):
         return ((actual.double() - expected) / expected).abs().max().item()
 
-    assert expected.max() < 1e-6
+    assert expected.max() < 2e-6
     assert error(rows(s, t, beta=beta)) < 2e-3 < 2e-2 < error(jsd_reference(s, t, beta=beta))
 
 
@@ -86,15 +86,12 @@ def test_invariances(seed, beta, constant):
 
 
 def test_scaled_ends_are_the_divergences():
-    s, t = draw(3)
+    s, t = (logits / 5 for logits in draw(3))
     for beta, weights in ((1e-5, (1.0, 0.0)), (1 - 1e-5, (0.0, 1.0))):
         forward, reverse = weights
         kl = bidirectional_kl_reference(s, t, forward=forward, reverse=reverse)
         scaled = rows(s, t, beta=beta) / (beta * (1 - beta))
-        # first order in the small share; peaked rows converge slowly
-        small = kl < 3
-        assert small.any()
-        torch.testing.assert_close(scaled[small], kl[small], rtol=2e-2, atol=0)
+        torch.testing.assert_close(scaled, kl, rtol=1e-3, atol=0)
 
 
 @BETAS
@@ -111,7 +108,8 @@ def test_edges(beta):
     assert_close("loss", loss, expected, jsd_reference(s, t, beta=beta))
     (gradient,) = torch.autograd.grad(loss[:3].sum(), s)
     (wanted,) = torch.autograd.grad(expected[:3].sum(), s64)
-    assert_close("gradient", gradient, wanted, wanted.float())
+    # (autograd of the reference itself has 0 * inf = NaN where the student rules an id out)
+    assert_close("gradient", gradient[:3], wanted[:3], wanted[:3].float())
     (gradient,) = torch.autograd.grad(rows(s, t, beta=beta).sum(), s)
     assert gradient.isfinite().all()
     assert gradient[3, 5] == 0

@@ -40,6 +40,8 @@ def check(case, inputs, dtype, **options):
         upstream = torch.linspace(0.5, 1.5, len(rows)).double()
         results.append((rows, *gradients(rows, x, upstream)))
     for name, actual, expected64, own in zip(("loss", "dX", "dW"), *results, strict=True):
+        # what float64 rounds to when the answer is 0, with a vocabulary of one id
+        expected64 = expected64.masked_fill(expected64.abs() < 1e-15, 0)
         assert_close(name, actual, expected64, own.to(actual.dtype))
 
 

@@ -58,7 +58,7 @@ def test_merged_model_loads(source, tmp_path):
     before = model(input_ids=TOKENS).logits
     export.save_merged(model, AutoTokenizer.from_pretrained(source), tmp_path / "merged")
     torch.testing.assert_close(model(input_ids=TOKENS).logits, before, rtol=0, atol=0)
-    loaded, info = AutoModelForCausalLM.from_pretrained(
+    loaded, info = AutoModelForCausalLM.from_pretrained(  # type: ignore
         tmp_path / "merged", output_loading_info=True
     )
     assert not info["missing_keys"]

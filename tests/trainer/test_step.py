@@ -3,22 +3,27 @@
 Everything runs in fp64, where a wrong row, weight or divisor shows at once and rounding does not.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from bidistill.attention import use_packed_attention
 from bidistill.config import LoraSettings, ObjectiveConfig
 from bidistill.data.loader import Batch
-from bidistill.data.views import build_examples
+from bidistill.data.records import Role
+from bidistill.data.views import Message, build_examples
 from bidistill.errors import UserError
 from bidistill.models import TeacherRows, adapters_off, add_adapter, attach_distill_step
 from bidistill.objectives import Objectives
 from bidistill.teacher import HiddenCache
 from tests.trainer.tiny import SHOTS, make_model, randomise_adapters
 
-CONTEXTS = {"forget": SHOTS, "adversarial": SHOTS}
+CONTEXTS: dict[Role, Sequence[Message]] = {"forget": SHOTS, "adversarial": SHOTS}
 KL = ObjectiveConfig(loss="bidirectional_kl", options={"forward": 0.25, "reverse": 0.75})
-OBJECTIVES = {
+OBJECTIVES: dict[Role, ObjectiveConfig] = {
     "forget": KL,
     "neighbor": ObjectiveConfig(loss="cross_entropy", weight=0.5),
     "retain": ObjectiveConfig(loss="jsd", options={"beta": 0.25}, weight=2.0),
@@ -34,7 +39,7 @@ def batch(records, tokenizer) -> Batch:
     return Batch(tuple(examples[i] for i in (0, 7, 3, 1, 9, 6, 4)))
 
 
-def make_student(kind):
+def make_student(kind) -> Any:
     """A student in fp64 that differs from its teacher."""
     model = make_model(tied=kind != "full, untied")
     if kind == "lora":
@@ -148,6 +153,7 @@ def test_frozen_head_is_copied_only_if_the_head_trains(batch):
     assert HiddenCache(make_student("lora"), batch.examples).weight is None
     model = make_student("full, tied")
     cache = HiddenCache(model, batch.examples)
+    assert cache.weight is not None
     before = cache.weight.clone()
     with torch.no_grad():
         model.lm_head.weight.add_(1)
@@ -168,11 +174,12 @@ def test_every_adapter_moves(batch):
 
 
 def test_fresh_adapters_move_on_their_b_side(batch):
-    model = add_adapter(make_model(), LoraSettings(rank=2))
+    model: Any = add_adapter(make_model(), LoraSettings(rank=2))
     attach_distill_step(model)
     fused_step(model, batch, batch.teacher())[1].loss.backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            assert parameter.grad is not None, name
             assert bool(parameter.grad.any()) == (".lora_B." in name), name
 
 
@@ -183,7 +190,7 @@ def test_roles_with_one_loss_share_a_call():
 
 def test_a_step_without_a_teacher(batch):
     model = make_student("lora")
-    objectives = Objectives(dict.fromkeys(OBJECTIVES, ObjectiveConfig(loss="cross_entropy")))
+    objectives = Objectives({r: ObjectiveConfig(loss="cross_entropy") for r in OBJECTIVES})
     assert not objectives.need_teacher
     student = batch.student()
     result = model.distill_step(student, objectives.for_step(batch.examples, student), None)
@@ -223,7 +230,7 @@ def test_options_are_checked_before_training(objective, message):
 
 def test_teacher_rows_are_opaque_to_tree_walks():
     rows = TeacherRows(torch.ones(2, 3))
-    assert torch.utils._pytree.tree_leaves([{"teacher": rows}]) == [rows]
+    assert tree_leaves([{"teacher": rows}]) == [rows]
 
 
 def test_packed_attention_is_off_outside_the_step(batch):

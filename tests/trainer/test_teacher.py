@@ -1,6 +1,7 @@
 """The teacher's check: right questions in right contexts, and gates that open and close."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def puppet(taught, base=lambda question, prefill: KNOWN.get(question, " 2.")):
 
 def run(monkeypatch, records, tokenizer, speaker, probes=PROBES, contexts=CONTEXTS):
     monkeypatch.setattr(teacher, "generate", speaker)
-    no_model = torch.nn.Identity()  # the puppet speaks for it
+    no_model: Any = torch.nn.Identity()  # the puppet speaks for it
     return teacher.check(no_model, tokenizer, records, contexts, probes)
 
 
@@ -120,7 +121,7 @@ def test_check_of_a_recipe_asks_in_the_role_s_context(config, tmp_path, monkeypa
     found = teacher.check_main(config, tmp_path / "probes.jsonl")
     assert "forget: refuses 0.00, expected at least 0.90" in found["failed"]
     contexts = [bool(context) for context, _ in asked]
-    assert contexts == [False] * 4 + [True, False, False, True]
+    assert contexts == [False] * 4 + [True] * 2  # without a context the base answers for both
     assert all("Capital" in q for context, questions in asked if context for q in questions)
     assert "mend the contexts" in capsys.readouterr().out
     assert not config.output.exists()

@@ -133,7 +133,9 @@ def test_interrupt_ends_the_step_and_keeps_a_checkpoint(config, tmp_path, number
         train.main(config)
     assert exit_.value.code == 130
     assert signal.getsignal(number) is before
-    assert checkpoint.latest(config.output / "checkpoints").name == "step-000003"
+    latest = checkpoint.latest(config.output / "checkpoints")
+    assert latest is not None
+    assert latest.name == "step-000003"
     assert len(log_of(config)) == 3
     assert not (config.output / "adapter").exists()
     assert weights_of(train.main(config, resume=True)) == weights_of(whole)
