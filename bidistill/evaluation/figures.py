@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 PAIR = ("before", "after")
+DECADES = 5
+"""Powers of ten below the top of the loss axis. The loss of a student that still equals its teacher
+is a rounding error near 1e-12; it lies on the bottom line, lest it flatten all that follows."""
 
 
 def whisker(interval: Sequence[float] | None) -> tuple[float, float] | None:
@@ -72,13 +75,14 @@ def loss_curves(log: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     steps = [step for points in series.values() for step, _ in points]
     low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     high = max(high, low + 1)
+    low = max(low, high - DECADES)
     first, last = min(steps), max(steps)
 
     def x(step: float) -> float:
         return 100 * (step - first) / max(last - first, 1)
 
     def y(value: float) -> float:
-        return 100 * (high - math.log10(value)) / (high - low)
+        return min(100.0, 100 * (high - math.log10(value)) / (high - low))
 
     return {
         "curves": [

@@ -1,7 +1,7 @@
 """What every public loss shares: its options, the checks, the call of the operation, reduction."""
 
 from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Integer
@@ -45,7 +45,9 @@ class Stats(NamedTuple):
     """KL(student || teacher), nats; whatever its weight in the loss."""
 
 
-Output: TypeAlias = "Tensor | tuple[Tensor, Stats]"
+# Tensor, or with return_stats a pair (Tensor, Stats): spelled as a union, a type checker would
+# refuse loss.backward()
+Output: TypeAlias = Any
 
 
 class RowOptions(TypedDict, total=False):

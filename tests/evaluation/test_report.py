@@ -206,6 +206,10 @@ def test_loss_curves_by_hand():
 
 
 def test_one_step_of_constant_loss_is_drawn():
+    low = loss_curves([{"step": 1, "loss/retain": 1e-12}, {"step": 2, "loss/retain": 1.0}])
+    assert low is not None
+    assert low["y_ticks"][0][1] == "1e-05", "the axis must not go down to rounding errors"
+    assert low["curves"][0]["points"] == "0.00,100.00 100.00,0.00"
     plot = loss_curves([{"step": 7, "loss/forget": 1.0}])
     assert plot is not None
     assert plot["curves"][0]["points"] == "0.00,100.00"

@@ -218,7 +218,9 @@ def test_non_finite_steps_are_skipped_and_counted(config, monkeypatch, capsys):
     update = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (steps.append(1), update(self))[1])
     monkeypatch.setattr(train.HiddenCache, "for_batch", poisoned)
-    result = train.main(config)
+    with dying_at(4, pull_the_plug), pytest.raises(Power):
+        train.main(config)
+    result = train.main(config, resume=True)  # the count goes on too
     log = log_of(config)
     assert [entry["skipped"] for entry in log] == [0, 1, 0, 0, 0, 0]
     assert log[1]["loss"] is None
