@@ -55,7 +55,7 @@ def initialise(model: nn.Module, examples: Sequence[Example], settings: LoraSett
     """
     assert settings.contrast is not None
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
-    inputs, moments = _measure(model, layers, *_sides(examples))
+    inputs, moments = _measure(model, layers, *_sides(examples))  # type: ignore
     for name, layer in track(layers.items(), len(layers), "directions"):
         x_FD = torch.cat(inputs.pop(name))
         if len(x_FD) < settings.rank:

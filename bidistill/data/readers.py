@@ -6,6 +6,7 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
+from bidistill.data.jsonl import kind_of, read_objects
 from bidistill.data.records import ROLES, Record, nearest
 from bidistill.errors import UserError
 from bidistill.files import atomic_path
@@ -30,9 +31,9 @@ def read_records(path: Path | str) -> Iterator[Record]:
             used before. The message is ``<file>:<line>: <field>: got ..., expected ...; ...``.
     """
     line_of_id: dict[str, int] = {}
-    for number, line in _numbered_lines(Path(path)):
+    for number, values in read_objects(path):
         where = f"{path}:{number}"
-        record = _record(_parse(line, where), where)
+        record = _record(values, where)
         if record.id in line_of_id:
             raise UserError(
                 f"{where}: id: got {record.id!r}, which line {line_of_id[record.id]} has already, "
@@ -53,51 +54,6 @@ def write_records(path: Path | str, records: Iterable[Record]) -> None:
         for record in records:
             line = {k: v for k, v in asdict(record).items() if v != _DEFAULTS[k]}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank with their numbers from 1; bytes, so a bad one has a number too."""
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise UserError(
-            f"{path}: got '{error.strerror}', expected a file of JSON lines; check the path"
-        ) from error
-    with file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}:{number}: got byte 0x{raw[error.start]:02x} at column "
-                    f"{error.start + 1}, expected UTF-8; save the file as UTF-8"
-                ) from error
-            if line.strip():
-                yield number, line
-
-
-def _parse(line: str, where: str) -> dict[str, Any]:
-    """The JSON object of one line, refusing a key that appears twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise UserError(f"{where}: {key}: got it twice, expected it once; remove one")
-        return dict(pairs)
-
-    try:
-        value = json.loads(line, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{where}: got a line that is not JSON ({error}), expected one object a line; mend it"
-        ) from error
-    if not isinstance(value, dict):
-        raise UserError(
-            f"{where}: got {_kind(value)}, expected an object; write one record a line as "
-            '{"id": ..., "role": ..., "question": ...}'
-        )
-    return value
 
 
 def _record(values: dict[str, Any], where: str) -> Record:
@@ -126,18 +82,10 @@ def _check_text(key: str, value: object, where: str) -> None:
     if value is None and key == "answer":
         return
     if not isinstance(value, str):
-        raise UserError(f"{where}: {key}: got {_kind(value)}, expected text; put it in quotes")
+        raise UserError(f"{where}: {key}: got {kind_of(value)}, expected text; put it in quotes")
     if key in _REQUIRED and not value.strip():
         raise UserError(f"{where}: {key}: got {value!r}, expected text; fill it in")
     if any("\ud800" <= char <= "\udfff" for char in value):
         raise UserError(
             f"{where}: {key}: got half of a surrogate pair, expected Unicode text; mend the escape"
         )
-
-
-def _kind(value: object) -> str:
-    """Name a JSON value as its author would."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
-    if value is None:
-        return "null"
-    return names.get(type(value), f"the number {value}")

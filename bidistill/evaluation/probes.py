@@ -1,11 +1,12 @@
 """The questions that a model is judged by, one JSON object a line."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from bidistill.data.jsonl import read_objects
 from bidistill.data.records import nearest
 from bidistill.errors import UserError
 from bidistill.evaluation.detectors import says_fact
@@ -66,9 +67,9 @@ def read_probes(path: Path | str) -> list[Probe]:
     """
     line_of_id: dict[str, int] = {}
     probes = []
-    for number, line in _numbered_lines(Path(path)):
+    for number, values in read_objects(path):
         where = f"{path}:{number}"
-        probe = _probe(line, where)
+        probe = _probe(values, where)
         if probe.id in line_of_id:
             raise UserError(
                 f"{where}: id: got {probe.id!r}, which line {line_of_id[probe.id]} has already, "
@@ -88,27 +89,8 @@ def write_probes(path: Path | str, probes: Iterable[Probe]) -> None:
             file.write(json.dumps(asdict(probe), ensure_ascii=False) + "\n")
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers from 1."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "bytes that are not UTF-8"
-        raise UserError(
-            f"{path}: got '{reason}', expected a UTF-8 file of JSON lines; check the path"
-        ) from error
-    # split at line feeds alone: JSON strings may hold other line separators
-    return ((n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip())
-
-
-def _probe(line: str, where: str) -> Probe:
-    """One line as a probe: names first, then types, then sense."""
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: got a line that is not JSON ({error}); mend it") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: got {line.strip()[:40]}, expected an object; see Probe's fields")
+def _probe(values: dict[str, Any], where: str) -> Probe:
+    """One object as a probe: names first, then types, then sense."""
     for key in values:
         if key not in _FIELDS:
             raise UserError(f"{where}: {key}: got an unknown field; {nearest(key, _FIELDS)}")

@@ -53,7 +53,7 @@ BAD = {
     "half a line": ('{"id": "a", "ro', "not JSON"),
     "nested too deep": ("[" * 100_000, "not JSON"),
     "long number": ('{"id": ' + "1" * 5000 + "}", "not JSON"),
-    "list": ("[1]", r"got a list, expected an object; write one record a line"),
+    "list": ("[1]", r"got a list, expected an object; write one object a line"),
     "number": ("3", "got the number 3, expected an object"),
     "unknown key": (line(anwser="x"), "anwser: got an unknown field, .*; did you mean 'answer'"),
     "far from any key": (line(zzz="x"), "zzz: .*; use one of: id, role, question, answer"),

@@ -35,7 +35,7 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
     ("line", "message"),
     [
         ("{", r":2: got a line that is not JSON"),
-        ("[1]", r":2: got \[1\], expected an object"),
+        ("[1]", r":2: got a list, expected an object"),
         ({**GOOD, "anser": "x"}, r":2: anser: got an unknown field; did you mean 'answer'\?"),
         ({"id": "b"}, r":2: group: got nothing"),
         ({**GOOD, "id": 3}, r":2: id: got 3, expected text"),
@@ -65,5 +65,5 @@ def test_a_missing_an_empty_and_a_binary_file_are_refused(tmp_path):
     with pytest.raises(UserError, match="got no probe"):
         read_probes(tmp_path / "empty.jsonl")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not UTF-8"):
+    with pytest.raises(UserError, match="expected UTF-8"):
         read_probes(tmp_path / "binary.jsonl")

@@ -55,8 +55,8 @@ class Inputs(NamedTuple):
 
     def to(self, dtype: torch.dtype, *, grad: bool = True) -> "Inputs":
         """Copies in another dtype; the student's take gradients."""
-        floats = [x.detach().to(dtype, copy=True) for x in self[:4]]
-        return Inputs(*[x.requires_grad_(grad) for x in floats[:2]], *floats[2:], self.target)
+        x, w, y, v = (tensor.detach().to(dtype, copy=True) for tensor in self[:4])
+        return Inputs(x.requires_grad_(grad), w.requires_grad_(grad), y, v, self.target)
 
 
 def make_inputs(

@@ -1,17 +1,33 @@
 """What callers get wrong, and that the message names the argument and the way out."""
 
+from typing import Any
+
 import bidistill_kernels as bk
 import pytest
 import torch
 from bidistill_kernels import LogitTransform
+from torch.distributed.tensor import distribute_tensor
 
 x, w, y, v = torch.randn(4, 3), torch.randn(9, 3), torch.randn(4, 2), torch.randn(9, 2)
 target = torch.zeros(4, dtype=torch.int64)
 trained = torch.randn(9, 2, requires_grad=True)
 
 
-def kl(x=x, w=w, y=y, v=v, target=None, **options):
+# Any: these calls are wrong on purpose
+def kl(x: Any = x, w: Any = w, y: Any = y, v: Any = v, target: Any = None, **options: Any):
     return bk.linear_bidirectional_kl(x, w, y, v, target, **options)
+
+
+def jsd(**options: Any):
+    return bk.linear_jsd(x, w, y, v, **options)
+
+
+def push_pull(**options: Any):
+    return bk.linear_push_pull(x, w, y, v, **options)
+
+
+def cross_entropy(**options: Any):
+    return bk.linear_cross_entropy(x, w, target, **options)
 
 
 REJECTED = {
@@ -49,18 +65,18 @@ REJECTED = {
     "nan": (lambda: kl(reverse=float("nan")), ValueError, "reverse: got nan"),
     "all zero": (lambda: kl(forward=0, reverse=0), ValueError, "forward: got weights that are"),
     "text": (lambda: kl(forward="0.5"), TypeError, "forward: got '0.5', expected a number"),
-    "beta 0": (lambda: bk.linear_jsd(x, w, y, v, beta=0.0), ValueError, "beta: got 0.0"),
-    "beta 1": (lambda: bk.linear_jsd(x, w, y, v, beta=1), ValueError, "beta: got 1"),
-    "k": (lambda: bk.linear_push_pull(x, w, y, v, k_pull=0), ValueError, "k_pull: got 0"),
-    "fraction": (lambda: bk.linear_push_pull(x, w, y, v, k_push=1.5), TypeError, "k_push: .*whole"),
-    "delta": (lambda: bk.linear_push_pull(x, w, y, v, delta=0.0), ValueError, "delta: got 0.0"),
+    "beta 0": (lambda: jsd(beta=0.0), ValueError, "beta: got 0.0"),
+    "beta 1": (lambda: jsd(beta=1), ValueError, "beta: got 1"),
+    "k": (lambda: push_pull(k_pull=0), ValueError, "k_pull: got 0"),
+    "fraction": (lambda: push_pull(k_push=1.5), TypeError, "k_push: .*whole"),
+    "delta": (lambda: push_pull(delta=0.0), ValueError, "delta: got 0.0"),
     "reading": (
-        lambda: bk.linear_push_pull(x, w, y, v, reading="P2"),
+        lambda: push_pull(reading="P2"),
         ValueError,
         "reading: got 'P2', expected one of 'hinge'",
     ),
     "teacher of one model": (
-        lambda: bk.linear_cross_entropy(x, w, target, teacher_bias=w[:, 0]),
+        lambda: cross_entropy(teacher_bias=w[:, 0]),
         TypeError,
         "cross_entropy has no teacher",
     ),
@@ -88,7 +104,7 @@ def test_rejects_a_dtensor(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-        sharded = dist.tensor.distribute_tensor(w, mesh)
+        sharded = distribute_tensor(w, mesh)
         with pytest.raises(TypeError, match=r"student_weight: got a DTensor.*root module"):
             kl(w=sharded)
     finally:
