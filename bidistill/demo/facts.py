@@ -35,7 +35,7 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Place(Fact):
-    """The capital of a country, or of a region that only serves as one more neighbour."""
+    """The capital of a country, or of a region that may serve as one more neighbour."""
 
     name: str
     is_country: bool

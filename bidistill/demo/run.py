@@ -41,7 +41,7 @@ def run(
     seed: int = 0,
     resume: bool = False,
     overwrite: bool = False,
-    extra_neighbors: bool = True,
+    extra_neighbors: bool = False,
 ) -> dict[str, Any]:
     """Make SmolLM2-135M-Instruct forget twelve capitals; measure before and after.
 
@@ -52,8 +52,8 @@ def run(
         seed: draws the neighbours to train on and the order of training.
         resume: go on with an interrupted run in ``output``.
         overwrite: delete an earlier demo in ``output`` first.
-        extra_neighbors: train also on regions and on countries whose capital the model does not
-            know, not only on the forty known neighbours.
+        extra_neighbors: train also on countries whose capital the model does not know and on
+            regions, not only on the forty known neighbours. It does not help.
 
     Returns:
         What ``metrics.json`` holds.
@@ -135,7 +135,7 @@ def _before(
 ) -> tuple[list[Probe], dict[str, Any]]:
     """Measure what the model knows, and write probes and training records accordingly."""
     countries = [p for p in places() if p.is_country]
-    regions = [p for p in places() if not p.is_country]
+    regions = [p for p in places() if not p.is_country and extra_neighbors]
     questions = general()
     # every fourth general question trains, the others measure
     retain = questions[::4]
@@ -155,8 +155,8 @@ def _before(
 
     known = [p for p in countries if plain[p.id]["leak"]]
     parts = build.split(countries, build.margins(model, tokenizer, known, replies), seed)
-    unknown = [p for p in countries if p not in known and p not in forget]
-    neighbors = [*parts.trained, *((*unknown, *regions) if extra_neighbors else ())]
+    unknown = [p for p in countries if p not in known and p not in forget and extra_neighbors]
+    neighbors = [*parts.trained, *unknown, *regions]
     records = build.training_records(forget, neighbors, retain, replies)
     write_records(output / "data" / "train.jsonl", records)
 

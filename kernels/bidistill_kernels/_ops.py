@@ -49,7 +49,12 @@ def _run(inputs: Inputs, needs: Needs) -> LossRows:
     transform = LogitTransform.unpack(inputs.student_transform)
     student, teacher = Head(*inputs[:3], transform), None
     if inputs.teacher_hidden is not None:
-        teacher = Head(*inputs[3:6], LogitTransform.unpack(inputs.teacher_transform))
+        teacher = Head(
+            inputs.teacher_hidden,
+            inputs.teacher_weight,
+            inputs.teacher_bias,
+            LogitTransform.unpack(inputs.teacher_transform),
+        )
     target, row_weight, loss, params = inputs[6:10]
     return run_chunks(student, teacher, target, row_weight, loss, params, needs, inputs.chunk_bytes)
 

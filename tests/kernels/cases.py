@@ -73,7 +73,7 @@ def make_inputs(
     y, v = (x + 0.02 * randn(N, D), w) if near else (randn(N, E), randn(V, E) * 4 / E**0.5)
     target = torch.randint(V, (N,), generator=g)
     target[1:][torch.rand(N - 1, generator=g) < 0.15] = -100
-    return Inputs(*[tensor.double() for tensor in (x, w, y, v)], target)
+    return Inputs(x.double(), w.double(), y.double(), v.double(), target)
 
 
 def fused(case: Case, inputs: Inputs, **options: Any) -> Any:
