@@ -34,7 +34,7 @@ class Case:
     name: str
     what: str
     overrides: tuple[str, ...] = ()
-    extra_neighbors: bool = False
+    extra_neighbors: bool = True
     seed: int = 0
 
 
@@ -59,9 +59,9 @@ CASES = (
         ("objectives.forget.weight=1", "objectives.adversarial.weight=1"),
     ),
     Case(
-        "more-neighbors",
-        "103 unknown countries and 94 regions as neighbours too",
-        extra_neighbors=True,
+        "few-neighbors",
+        "40 known neighbours alone, without 103 unknown countries and 94 regions",
+        extra_neighbors=False,
     ),
     Case(
         "no-adversarial",
@@ -83,7 +83,8 @@ CASES = (
         "forget and adversarial read at the first answer token alone",
         ("objectives.forget.positions=first", "objectives.adversarial.positions=first"),
     ),
-    Case("short", "20 steps, not 30", ("steps=20",)),
+    Case("strength-1", "strength 1, not 0.9", ("model.adapter.strength=1",)),
+    Case("strength-0.7", "strength 0.7, not 0.9", ("model.adapter.strength=0.7",)),
 )
 
 HEADER = """# What each choice of the demo is worth

@@ -70,6 +70,8 @@ class LoraSettings:
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     contrast: ContrastSettings | None = None
     """Choose A by what tells the forget set from the rest, and freeze it; ``null`` trains A."""
+    strength: Fraction = 1.0
+    """Share of the trained change that is exported: training overshoots, side effects grow with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

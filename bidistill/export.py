@@ -14,6 +14,19 @@ from bidistill.files import atomic_path
 from bidistill.models import unwrapped
 
 
+def weaken(model: PeftModel, strength: float) -> None:
+    """Let the adapters of ``model`` add only the share ``strength`` of their change from now on.
+
+    Training overshoots: it goes on after the last forget answer has turned, and side effects grow
+    with the change. PEFT keeps the factor as ``lora_alpha``, so a saved adapter has it too.
+    """
+    for config in model.peft_config.values():
+        config.lora_alpha *= strength  # type: ignore
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling = {name: scale * strength for name, scale in module.scaling.items()}
+
+
 def save_adapter(model: PeftModel, folder: Path | str) -> Path:
     """Write the adapter alone, for ``PeftModel.from_pretrained``; replaces an older one.
 

@@ -90,6 +90,7 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
             cache = HiddenCache(model, used)
     train(config, model, loader, objectives, cache)
     if isinstance(model, PeftModel):
+        export.weaken(model, config.model.adapter.strength)  # type: ignore
         export.save_adapter(model, result)
     else:
         export.save_merged(model, tokenizer, result)

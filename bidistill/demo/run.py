@@ -41,7 +41,7 @@ def run(
     seed: int = 0,
     resume: bool = False,
     overwrite: bool = False,
-    extra_neighbors: bool = False,
+    extra_neighbors: bool = True,
 ) -> dict[str, Any]:
     """Make SmolLM2-135M-Instruct forget twelve capitals; measure before and after.
 
@@ -53,7 +53,7 @@ def run(
         resume: go on with an interrupted run in ``output``.
         overwrite: delete an earlier demo in ``output`` first.
         extra_neighbors: train also on countries whose capital the model does not know and on
-            regions, not only on the forty known neighbours. It does not help.
+            regions, not only on the forty known neighbours.
 
     Returns:
         What ``metrics.json`` holds.

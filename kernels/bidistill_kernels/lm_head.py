@@ -8,6 +8,7 @@ precision are accounted for in kernels/README.md.
 Shapes: N tokens, C rows of one chunk, V vocabulary, D width of a model, K ids of a sparse gradient.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -143,8 +144,10 @@ def run_chunks(
     row_loss, dtype = ROW_LOSSES[loss], row_weight_N.dtype
     heads = [head for head in (student, teacher) if head is not None]
     kept_M = row_weight_N.nonzero().squeeze(1)
-    rows_per_chunk = max(1, chunk_bytes // (len(heads) * student.vocab * dtype.itemsize))
-    buffer_HCV = row_weight_N.new_empty(len(heads), min(rows_per_chunk, len(kept_M)), student.vocab)
+    most_rows = max(1, chunk_bytes // (len(heads) * student.vocab * dtype.itemsize))
+    # of even size: a short last chunk would read the whole head for a few rows
+    chunks = kept_M.tensor_split(max(1, math.ceil(len(kept_M) / most_rows)))
+    buffer_HCV = row_weight_N.new_empty(len(heads), len(chunks[0]), student.vocab)
     out = LossRows(
         row_weight_N.new_zeros(len(row_weight_N)),
         row_weight_N.new_zeros(len(row_loss.stats), len(row_weight_N)),
@@ -152,7 +155,7 @@ def run_chunks(
     )
     # autocast would turn the fp32 projections back into 16-bit ones
     with torch.autocast(row_weight_N.device.type, enabled=False):
-        for rows_C in kept_M.split(rows_per_chunk):
+        for rows_C in chunks:
             logits_HCV = buffer_HCV[:, : len(rows_C)]
             for head, logits_CV in zip(heads, logits_HCV, strict=True):
                 head.project(rows_C, logits_CV)

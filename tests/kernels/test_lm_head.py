@@ -153,6 +153,21 @@ def test_chunks_do_not_matter(rows, bytes_, name):
         torch.testing.assert_close(got, wanted)
 
 
+def test_chunks_are_even_and_within_the_bound(monkeypatch):
+    projected = []
+
+    def spy(self, rows, out):
+        projected.append(len(rows))
+        return project(self, rows, out)
+
+    project = lm_head.Head.project
+    monkeypatch.setattr(lm_head.Head, "project", spy)
+    inputs = make_inputs(11, 30).to(torch.float32)
+    inputs.target[:] = 0
+    fused(CASES["jsd"], inputs, chunk_bytes=5 * 2 * 30 * 4)  # five rows of both models
+    assert projected == [4, 4, 4, 4, 3, 3]
+
+
 @each_kind
 def test_stats(case):
     inputs = make_inputs(9, 83).to(torch.float64)

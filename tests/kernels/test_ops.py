@@ -75,3 +75,12 @@ def test_modules(module):
     assert "reduction='sum'" in repr(loss)
     with pytest.raises(TypeError, match="betta"):
         module(betta=0.5)(*tensors)
+
+
+def test_rows_left_out_have_no_gradient():
+    """Whatever the upstream gradient holds there: per-row losses of weight 0 are constants."""
+    inputs = list(op_inputs("bidirectional_kl", [0.5, 0.5, 0.0], (True, True, True)))
+    inputs[7] = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0], dtype=torch.float64)
+    rows, _ = _ops.lm_head_rows(*inputs)
+    (dx,) = torch.autograd.grad(rows, inputs[0], torch.full_like(rows, 3.0))
+    assert dx.any(-1).tolist() == [True, False, True, True, False]

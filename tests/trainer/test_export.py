@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -111,3 +112,24 @@ def test_older_export_is_replaced_and_failure_leaves_nothing(tmp_path, tokenizer
     with pytest.raises(OSError, match="disk full"):
         export.save_merged(make_model(), tokenizer, tmp_path / "other")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("source", [(True, torch.float32)], indirect=True, ids=["tied"])
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21
+@torch.no_grad()
+def test_weakened_adapter_adds_its_share_and_saves_it(source, tmp_path):
+    model = trained(source)
+    full = deltas(model)
+    export.weaken(model, 0.25)
+    for name, delta in deltas(model).items():
+        torch.testing.assert_close(delta, 0.25 * full[name])
+        assert delta.any(), name
+    export.save_adapter(model, tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(load_base(source), tmp_path / "adapter").eval()
+    expected = model(input_ids=TOKENS).logits
+    torch.testing.assert_close(loaded(input_ids=TOKENS).logits, expected, rtol=0, atol=0)
+
+
+def deltas(model):
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    return {name: layer.get_delta_weight("default").clone() for name, layer in layers.items()}
