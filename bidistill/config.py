@@ -71,7 +71,7 @@ class LoraSettings:
     contrast: ContrastSettings | None = None
     """Choose A by what tells the forget set from the rest, and freeze it; ``null`` trains A."""
     strength: Fraction = 1.0
-    """Share of the trained change that is exported: training overshoots, side effects grow with it."""
+    """Share of the trained change that is exported; training overshoots, which costs neighbours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
