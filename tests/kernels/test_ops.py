@@ -1,5 +1,7 @@
 """The two operations as torch sees them: schema, fake and autograd agree, and compile whole."""
 
+from typing import Any
+
 import bidistill_kernels as bk
 import pytest
 import torch
@@ -79,7 +81,7 @@ def test_modules(module):
 
 def test_rows_left_out_have_no_gradient():
     """Whatever the upstream gradient holds there: per-row losses of weight 0 are constants."""
-    inputs = list(op_inputs("bidirectional_kl", [0.5, 0.5, 0.0], (True, True, True)))
+    inputs: list[Any] = list(op_inputs("bidirectional_kl", [0.5, 0.5, 0.0], (True, True, True)))
     inputs[7] = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0], dtype=torch.float64)
     rows, _ = _ops.lm_head_rows(*inputs)
     (dx,) = torch.autograd.grad(rows, inputs[0], torch.full_like(rows, 3.0))
