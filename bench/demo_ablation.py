@@ -83,8 +83,8 @@ CASES = (
         "forget and adversarial read at the first answer token alone",
         ("objectives.forget.positions=first", "objectives.adversarial.positions=first"),
     ),
-    Case("strength-1", "strength 1, not 0.9", ("model.adapter.strength=1",)),
-    Case("strength-0.7", "strength 0.7, not 0.9", ("model.adapter.strength=0.7",)),
+    Case("strength-1", "strength 1, not 0.95", ("model.adapter.strength=1",)),
+    Case("strength-0.7", "strength 0.7, not 0.95", ("model.adapter.strength=0.7",)),
 )
 
 HEADER = """# What each choice of the demo is worth
