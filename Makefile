@@ -12,7 +12,7 @@ help:
 	@echo "make demo     make a small real model forget twelve capitals; results in runs/demo"
 	@echo "make test     run all tests"
 	@echo "make lint     check style and types"
-	@echo "make bench    time the losses"
+	@echo "make bench    what each choice of the demo is worth: docs/demo-ablation.md"
 	@echo "make install  only make .venv and install"
 	@echo "make clean    remove .venv and caches; runs/ stays"
 
@@ -28,7 +28,7 @@ lint: $(INSTALLED)
 	$(BIN)/pyright
 
 bench: $(INSTALLED)
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m bench.demo_ablation
 
 install: $(INSTALLED)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from bidistill.errors import UserError
 
 if TYPE_CHECKING:
+    from bidistill.about import info
     from bidistill_kernels import (
         LinearBidirectionalKL,
         LinearCrossEntropy,
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
         push_pull,
         push_pull_reference,
     )
-
-    from bidistill.about import info
 
 __version__ = "0.1.0"
 

@@ -5,9 +5,8 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-import bidistill_kernels
-
 import bidistill
+import bidistill_kernels
 
 LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
 

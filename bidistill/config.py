@@ -30,6 +30,7 @@ AtLeastOne = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _check_message(message: dict[str, str]) -> dict[str, str]:
@@ -63,14 +64,14 @@ class LoraSettings:
     rank: AtLeastOne = 16
     alpha: Positive = 32
     """Scale: an adapter adds ``alpha / rank`` times its product."""
-    targets: tuple[str, ...] = LINEAR_LAYERS
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = LINEAR_LAYERS
     """Names of the linear layers that get an adapter."""
     layers: tuple[Count, Count] | None = None
     """First and last transformer layer that get adapters, both included; ``null`` is all."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     contrast: ContrastSettings | None = None
     """Choose A by what tells the forget set from the rest, and freeze it; ``null`` trains A."""
-    strength: Fraction = 1.0
+    strength: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the trained change that is exported; training overshoots, which costs neighbours."""
 
 
@@ -140,7 +141,7 @@ class OptimConfig:
     __pydantic_config__ = STRICT
 
     lr: Positive = 5e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     weight_decay: NonNegative = 0.0
     warmup_steps: Count = 3
     decay_fraction: Fraction = 0.5
@@ -162,7 +163,7 @@ class TrainConfig:
     """One loss for each role that takes part."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     steps: AtLeastOne
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     checkpoint_every: AtLeastOne = 10
     """Steps between checkpoints."""
     keep_checkpoints: AtLeastOne = 2

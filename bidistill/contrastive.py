@@ -18,6 +18,7 @@ Cost: one forward over the examples, and per layer input of width D a Cholesky f
 Legend: F forget tokens, D width of a layer's input, R rank.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -85,8 +86,9 @@ def _sides(examples: Sequence[Example]) -> tuple[list[Packed], list[Packed]]:
 
 
 def _packs(sequences: Sequence[tuple[View, tuple[int, ...]]]) -> list[Packed]:
-    starts = range(0, len(sequences), EXAMPLES_PER_PACK)
-    return [pack(sequences[start : start + EXAMPLES_PER_PACK]) for start in starts]
+    """Packs of even size: one of a single sequence would have no prefix to leave out."""
+    count = math.ceil(len(sequences) / EXAMPLES_PER_PACK)
+    return [pack(sequences[start::count]) for start in range(count)]
 
 
 def _measure(
@@ -132,8 +134,8 @@ def directions(
     """
     moment = keep_moment.double()
     width = len(moment)
-    ridge_term = ridge * moment.trace() / width * torch.eye(width, dtype=torch.float64)
-    lower = torch.linalg.cholesky(moment + ridge_term.to(moment.device))
+    ridge_term = ridge * moment.trace() / width * torch.eye(width).to(moment)
+    lower = torch.linalg.cholesky(moment + ridge_term)
     whitened_DF = torch.linalg.solve_triangular(lower, forget_inputs.double().T, upper=False)
     leading_DR = torch.linalg.svd(whitened_DF, full_matrices=False).U[:, :rank]
     return torch.linalg.solve_triangular(lower.T, leading_DR, upper=True).T

@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from bidistill_kernels import LogitTransform
 from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -34,6 +34,7 @@ from bidistill.attention import use_packed_attention
 from bidistill.config import LoraSettings, ModelConfig
 from bidistill.data.packing import Packed
 from bidistill.errors import UserError
+from bidistill_kernels import LogitTransform
 
 SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 SCALE_FIELDS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -104,14 +105,22 @@ def load_base(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTraine
             "convert the weights to safetensors (pickled weights are never loaded)"
         )
     logging.disable_progress_bar()  # it would mix with our own
-    model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore
-        folder,
-        dtype=dtype,
-        use_safetensors=True,
-        local_files_only=True,
-        attn_implementation="sdpa",
-        output_loading_info=True,
-    )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model.path: {path} cannot be loaded ({reason}); expected a model that this version "
+            "of transformers knows, copy or convert it again"
+        ) from None
     # transformers fills weights that the files lack with random numbers and goes on
     if missing := sorted(report["missing_keys"]):
         raise UserError(
@@ -161,12 +170,13 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     Raises:
         UserError: a target that the model lacks or that is its LM head, or layers out of range.
     """
-    leaves = {name.rpartition(".")[2] for name, _ in backbone(model).named_modules()}
+    modules = backbone(model).named_modules()
+    leaves = {name.rpartition(".")[2] for name, m in modules if isinstance(m, nn.Linear)}
     for target in settings.targets:
         if target not in leaves:
             raise UserError(
-                f"model.adapter.targets: got {target!r}, which names no layer below the LM head "
-                f"of this model; expected names such as {_linear_names(model)}"
+                f"model.adapter.targets: got {target!r}, which names no linear layer below the "
+                f"LM head of this model; expected names such as {_linear_names(model)}"
             )
     config = LoraConfig(
         r=settings.rank,
@@ -253,8 +263,11 @@ def _distill_step(
 ) -> object:
     """Teacher, student and loss in one method of the root module."""
     if isinstance(teacher, Packed):
+        training = self.training
+        self.eval()  # the teacher knows no dropout
         with torch.no_grad(), adapters_off(self):
             teacher = TeacherRows(hidden_rows(self, teacher))
+        self.train(training)
     hidden = hidden_rows(self, student)
     head = self.get_output_embeddings()  # type: ignore
     return head(hidden, fused=lambda *student_side: loss(*student_side, teacher))

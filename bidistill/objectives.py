@@ -12,13 +12,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from bidistill_kernels import (
-    LogitTransform,
-    linear_bidirectional_kl,
-    linear_cross_entropy,
-    linear_jsd,
-    linear_push_pull,
-)
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,6 +21,13 @@ from bidistill.data.records import ROLES, Role, nearest
 from bidistill.data.views import Example
 from bidistill.errors import UserError
 from bidistill.models import TeacherRows
+from bidistill_kernels import (
+    LogitTransform,
+    linear_bidirectional_kl,
+    linear_cross_entropy,
+    linear_jsd,
+    linear_push_pull,
+)
 
 LOSSES: dict[str, Callable[..., Any]] = {
     "bidirectional_kl": linear_bidirectional_kl,

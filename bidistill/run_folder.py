@@ -17,6 +17,8 @@ from bidistill.files import atomic_path, write_json
 
 RUN = "run.json"
 LOG = "train_log.jsonl"
+RESULTS = ("adapter", "model", "checkpoints", LOG)
+"""What a run makes beside RUN; found without it, they are somebody else's."""
 
 
 def check(config: TrainConfig, resume: bool) -> None:
@@ -28,6 +30,11 @@ def check(config: TrainConfig, resume: bool) -> None:
     """
     path = config.output / RUN
     if not path.exists():
+        if strangers := [name for name in RESULTS if (config.output / name).exists()]:
+            raise UserError(
+                f"output: got {config.output}, which holds {strangers[0]} but no {RUN}, expected a "
+                "new folder; choose another output, or move that away"
+            )
         return
     if not resume:
         raise UserError(

@@ -80,7 +80,6 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
     model = load_model(config.model, config.seed)
     objectives = Objectives(config.objectives, read_logit_transform(model))
     attach_distill_step(model)
-    run_folder.begin(config)  # nothing was written so far, and little can fail from here on
     used = [e for e in examples if config.data.per_step.get(e.role)]
     cache = None
     with _autocast(config, model):
@@ -88,6 +87,7 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
             contrastive.initialise(model, used, adapter)
         if objectives.need_teacher and config.teacher.cache:
             cache = HiddenCache(model, used)
+    run_folder.begin(config)  # nothing was written so far, and little can fail from here on
     train(config, model, loader, objectives, cache)
     if isinstance(model, PeftModel):
         export.weaken(model, config.model.adapter.strength)  # type: ignore

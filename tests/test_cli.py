@@ -5,10 +5,10 @@ import subprocess
 import sys
 from importlib import import_module
 
-import bidistill_kernels
 import pytest
 
 import bidistill
+import bidistill_kernels
 from bidistill import about
 from bidistill.cli import cli, main
 from bidistill.errors import UserError

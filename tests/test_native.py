@@ -6,9 +6,9 @@ import subprocess
 
 import pytest
 import torch
-from bidistill_kernels import _native
 
 import bidistill
+from bidistill_kernels import _native
 
 
 @pytest.fixture(scope="module")

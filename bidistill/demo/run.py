@@ -15,7 +15,7 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bidistill import about, export, train
+from bidistill import about, export, run_folder, train
 from bidistill.config import TrainConfig, as_dict, load_config
 from bidistill.data.readers import write_records
 from bidistill.demo import build
@@ -32,6 +32,11 @@ from bidistill.pretrained import smollm2
 from bidistill.progress import say
 
 METRICS = "metrics.json"
+OWN = {
+    *("data", "recipe.yaml", "items_before.jsonl", "items_after.jsonl", METRICS),
+    *("report.html", "report.md", run_folder.RUN, *run_folder.RESULTS),
+}
+"""All that a demo writes."""
 
 
 def run(
@@ -66,6 +71,7 @@ def run(
     model_dir = smollm2()
     config = _config(model_dir, output, seed, overrides)  # a mistake in it shows at once
     _prepare(output, resume, overwrite)
+    run_folder.check(config, resume)  # before anything of an earlier run is written anew
     model, tokenizer = load_base(model_dir), load_tokenizer(model_dir)
     probes, before = _before(model, tokenizer, output, seed, extra_neighbors)
     del model
@@ -117,13 +123,18 @@ def _prepare(output: Path, resume: bool, overwrite: bool) -> None:
     """Refuse to mix with an earlier run."""
     if not output.exists() or resume:
         return
-    if overwrite and (output / "data" / "probes.jsonl").exists():  # surely a demo's own folder
-        shutil.rmtree(output)
-    elif any(output.iterdir()):
+    names = {path.name for path in output.iterdir()}
+    if strangers := sorted(names - OWN):
         raise UserError(
-            f"output: got {output}, which holds files, expected a new or empty folder; "
+            f"output: got {output}, which holds {strangers[0]}, no part of a demo; "
+            "expected a new or empty folder, choose another output"
+        )
+    if names and not overwrite:
+        raise UserError(
+            f"output: got {output}, which holds a demo, expected a new or empty folder; "
             "--resume goes on with an interrupted demo, --overwrite replaces an earlier one"
         )
+    shutil.rmtree(output)
 
 
 def _before(

@@ -1,6 +1,7 @@
 """What this installation computes with, and why."""
 
 import torch
+
 from bidistill_kernels._native import load
 
 

@@ -169,8 +169,7 @@ def _push_bounded(student_logits_CV: Tensor, choice: Choice) -> Push:
     s_CK = student_logits_CV.gather(1, ids_CK)
     top_C1, top_id_C1 = student_logits_CV.max(-1, keepdim=True)
     rest_CV = student_logits_CV.scatter_(1, top_id_C1, -torch.inf)
-    # finite even if the top id stands alone: -inf - -inf would be NaN
-    log_rest_C1 = rest_CV.logsumexp(-1, keepdim=True).clamp_(min=torch.finfo(s_CK.dtype).min)
+    log_rest_C1 = rest_CV.logsumexp(-1, keepdim=True)
     lse_C1 = torch.logaddexp(top_C1, log_rest_C1)
     is_top_CK = ids_CK == top_id_C1
     p_CK, p_top_C1 = (s_CK - lse_C1).exp(), (top_C1 - lse_C1).exp()
@@ -183,6 +182,8 @@ def _push_bounded(student_logits_CV: Tensor, choice: Choice) -> Push:
     top_pushed_C1 = (pushed_CK & is_top_CK).any(-1, keepdim=True)
     # p_i / (1 - p_top) is a softmax over the rest: p_i * q_top = that * p_top
     factor_C1 = top_pushed_C1 * p_top_C1 + (log_rest_C1 - lse_C1).exp() * q_sum_C1
+    # the others may all be ruled out: -inf - -inf would be NaN
+    log_rest_C1.clamp_(min=torch.finfo(s_CK.dtype).min)
     dense_CV = rest_CV.sub_(log_rest_C1).exp_().mul_(-factor_C1)
     dense_CV.scatter_(1, top_id_C1, -p_top_C1 * q_sum_C1)
     return Push(loss_C, q_CK, dense_CV)

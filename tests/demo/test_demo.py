@@ -103,7 +103,8 @@ def test_attack_has_an_opener_that_training_never_shows():
 def test_an_earlier_demo_is_replaced_only_on_request(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "probes.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match=r"expected a new or empty folder; --resume"):
+    (tmp_path / "report.html").write_text("")
+    with pytest.raises(UserError, match=r"holds a demo, expected .*; --resume"):
         _prepare(tmp_path, resume=False, overwrite=False)
     _prepare(tmp_path, resume=True, overwrite=False)
     assert (tmp_path / "data").exists()
@@ -112,7 +113,9 @@ def test_an_earlier_demo_is_replaced_only_on_request(tmp_path):
 
 
 def test_overwrite_deletes_no_strangers_folder(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "probes.jsonl").write_text("{}\n")
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="expected a new or empty folder"):
+    with pytest.raises(UserError, match=r"holds thesis\.txt, no part of a demo"):
         _prepare(tmp_path, resume=False, overwrite=True)
     assert (tmp_path / "thesis.txt").exists()

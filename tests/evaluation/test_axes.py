@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from invented import capital_probe
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -12,6 +11,7 @@ from bidistill.errors import UserError
 from bidistill.evaluation import axes
 from bidistill.evaluation.axes import AXES, Axis, Rate, evaluate, judge, summarise
 from bidistill.evaluation.probes import write_probes
+from tests.evaluation.invented import capital_probe
 
 PROBES = [
     capital_probe("Zembla", "Onhava"),

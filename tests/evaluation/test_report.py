@@ -8,11 +8,11 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from invented import HOSTILE, write_run
 
 from bidistill.errors import UserError
 from bidistill.evaluation.figures import depth_bars, loss_curves
 from bidistill.evaluation.report import percent, render
+from tests.evaluation.invented import HOSTILE, write_run
 
 VOID = {"meta", "input", "br"}
 METRICS = ("before", "after")

@@ -7,9 +7,10 @@ plus a little noise, as in distillation of a model against itself, where the los
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import bidistill_kernels as bk
 import torch
 from torch import Tensor
+
+import bidistill_kernels as bk
 
 
 class Case(NamedTuple):

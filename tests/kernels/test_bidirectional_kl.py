@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from bidistill_kernels import (
     bidirectional_kl,
     bidirectional_kl_reference,
     cross_entropy,
     cross_entropy_reference,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from tests.support import assert_close
 
 inf = torch.inf

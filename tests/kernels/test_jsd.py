@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from bidistill_kernels import bidirectional_kl_reference, jsd, jsd_reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bidistill_kernels import bidirectional_kl_reference, jsd, jsd_reference
 from tests.support import assert_close
 
 inf = torch.inf

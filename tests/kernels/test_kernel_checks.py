@@ -2,11 +2,12 @@
 
 from typing import Any
 
-import bidistill_kernels as bk
 import pytest
 import torch
-from bidistill_kernels import LogitTransform
 from torch.distributed.tensor import distribute_tensor
+
+import bidistill_kernels as bk
+from bidistill_kernels import LogitTransform
 
 x, w, y, v = torch.randn(4, 3), torch.randn(9, 3), torch.randn(4, 2), torch.randn(9, 2)
 target = torch.zeros(4, dtype=torch.int64)

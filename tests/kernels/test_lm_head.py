@@ -6,15 +6,15 @@ of the driver itself: reductions, weights, chunks, what is not computed, transfo
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from bidistill_kernels import (
     LogitTransform,
     bidirectional_kl,
     bidirectional_kl_reference,
     lm_head,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from tests.kernels.cases import CASES, Inputs, eager, fused, gradients, make_inputs
 from tests.support import assert_close
 

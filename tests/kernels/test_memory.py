@@ -6,10 +6,11 @@ same test, which shows that it can.
 
 from typing import Any
 
-import bidistill_kernels as bk
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+import bidistill_kernels as bk
 
 D, V = 32, 4096
 ROWS = (256, 1024)

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import bidistill_kernels as bk
 import pytest
 import torch
-from bidistill_kernels import LogitTransform, _ops
 
+import bidistill_kernels as bk
+from bidistill_kernels import LogitTransform, _ops
 from tests.kernels.cases import CASES, fused, gradients, make_inputs
 
 KINDS = {name: CASES[name] for name in ("kl_and_ce", "hinge", "cross_entropy")}

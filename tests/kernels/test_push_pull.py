@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from bidistill_kernels import linear_push_pull, push_pull, push_pull_reference
-from bidistill_kernels.push_pull import top_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bidistill_kernels import linear_push_pull, push_pull, push_pull_reference
+from bidistill_kernels.push_pull import top_ids
 from tests.support import assert_close
 
 inf = torch.inf
@@ -229,6 +229,15 @@ def test_masked_ids(reading):
     torch.testing.assert_close(loss, expected)
     assert loss[0].isfinite()
     assert not gradient(s, t, **options)[0].isnan().any()
+
+
+def test_bounded_where_the_student_has_no_other_id():
+    s, t = torch.full((1, 4), -inf), torch.tensor([[0.0, 1.0, 2.0, -50.0]])
+    s[0, 3] = 2.0
+    assert rows(s, t, reading="bounded", k_pull=1, k_push=2) == inf  # -log(1 - 1)
+    pull = gradient(s, t, reading="bounded", k_pull=1, k_push=2, push_weight=0.0)
+    push = gradient(s, t, reading="bounded", k_pull=1, k_push=2) - pull
+    torch.testing.assert_close(push, torch.tensor([[0.0, 0.0, 0.0, 1.0]]))
 
 
 @each_reading

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from bidistill_kernels import LogitTransform
 
 TRANSFORMS = [

@@ -1,5 +1,7 @@
 """Loading refuses what cannot be trained; adapters go on and off without a trace."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -88,7 +90,7 @@ def test_adapter_layers_are_those_of_the_settings():
     ("settings", "message"),
     [
         (LoraSettings(targets=("q_porj",)), r"got 'q_porj'.*such as down_proj, gate_proj"),
-        (LoraSettings(targets=("lm_head",)), r"got 'lm_head', which names no layer below"),
+        (LoraSettings(targets=("lm_head",)), r"got 'lm_head', which names no linear layer below"),
         (LoraSettings(layers=(1, 3)), r"got \[1, 3\], expected 0 <= first <= last < 3"),
         (LoraSettings(layers=(2, 1)), r"got \[2, 1\]"),
     ],
@@ -155,3 +157,22 @@ def test_refuses_a_model_whose_logits_are_another_function_of_its_head():
     model.config.logit_scale = 2.0  # llama ignores it
     with pytest.raises(UserError, match=r"logits of this llama model differ.*scale=2.0"):
         read_logit_transform(model)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "unknown type"])
+def test_a_damaged_model_is_one_line(model_dir, tmp_path, damage):
+    shutil.copytree(model_dir, tmp_path / "model")
+    weights, config = tmp_path / "model/model.safetensors", tmp_path / "model/config.json"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        config.write_text(config.read_text().replace('"llama"', '"lama"'))
+    with pytest.raises(UserError, match=r"cannot be loaded \(.*\); expected a model") as caught:
+        load_base(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+
+
+def test_targets_are_linear_layers(model_dir):
+    for target in ("self_attn", "embed_tokens"):
+        with pytest.raises(UserError, match="names no linear layer below the LM head"):
+            add_adapter(load_base(model_dir), LoraSettings(targets=(target,)))

@@ -272,3 +272,13 @@ def test_learning_rate(step, expected):
 def test_learning_rate_without_warm_up_or_decay():
     config = OptimConfig(lr=2.0, warmup_steps=0, decay_fraction=0.0)
     assert {train.learning_rate(config, step, 5) for step in range(5)} == {2.0}
+
+
+@pytest.mark.parametrize("name", ["adapter", "model", "checkpoints"])
+def test_results_of_another_are_never_touched(config, name):
+    (config.output / name).mkdir(parents=True)
+    (config.output / name / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match=rf"holds {name} but no run\.json, expected a new folder"):
+        train.main(config)
+    assert (config.output / name / "precious.txt").read_text() == "mine"
+    assert not (config.output / "run.json").exists()
