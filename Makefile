@@ -12,7 +12,7 @@ help:
 	@echo "make demo     make a small real model forget twelve capitals; results in runs/demo"
 	@echo "make test     run all tests"
 	@echo "make lint     check style and types"
-	@echo "make bench    what each choice of the demo is worth: docs/demo-ablation.md"
+	@echo "make bench    what each choice of the demo is worth: runs/ablation/README.md"
 	@echo "make install  only make .venv and install"
 	@echo "make clean    remove .venv and caches; runs/ stays"
 

@@ -1,7 +1,7 @@
 """What each choice of the demo's recipe is worth: one changed setting a row, everything else equal.
 
     python -m bench.demo_ablation            # runs what is missing below runs/ablation, then
-                                             # writes docs/demo-ablation.md from the metrics
+                                             # writes runs/ablation/README.md from the metrics
     python -m bench.demo_ablation --table    # writes the page only, from the runs that exist
 
 A run takes about three minutes on two cores. What is there is not run again, so that a broken off
@@ -21,7 +21,7 @@ from bidistill.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs" / "ablation"
-PAGE = ROOT / "docs" / "demo-ablation.md"
+PAGE = RUNS / "README.md"
 
 ALL_LAYERS = "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
 FREE = ("model.adapter.contrast=null", f"model.adapter.targets={ALL_LAYERS}", "optim.lr=5e-4")
