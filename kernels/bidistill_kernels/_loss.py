@@ -19,8 +19,8 @@ from bidistill_kernels._checks import (
 from bidistill_kernels._rows import ROW_LOSSES
 from bidistill_kernels.transform import LogitTransform
 
-# Logits of both models that exist at a time: on CPU more than 64 MiB gains a few per cent, a quarter
-# of it loses a third (kernels/README.md#traffic); an accelerator needs 1024 rows to be busy
+# Logits of both models that exist at a time: on CPU more than 64 MiB gains a few per cent, a
+# quarter of it loses a third (kernels/README.md#traffic); an accelerator needs 1024 rows to be busy
 _CHUNK_BYTES = {"cpu": 64 << 20}
 _CHUNK_BYTES_ELSEWHERE = 1 << 30
 _IDENTITY = LogitTransform()
