@@ -192,13 +192,22 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
         config = _adapter().validate_python(raw)
     except ValidationError as error:
         raise UserError(_explain(error.errors(include_url=False)[0])) from None
+    require_objectives(config)
+    return config
+
+
+def require_objectives(config: TrainConfig) -> None:
+    """Refuse a configuration that samples a role without saying what to train it for.
+
+    Raises:
+        UserError: names the role.
+    """
     for role, count in config.data.per_step.items():
         if count and role not in config.objectives:
             raise UserError(
                 f"objectives: got none for role {role!r}, of which data.per_step takes {count}; "
                 f"add objectives.{role}, or set data.per_step.{role} to 0"
             )
-    return config
 
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:

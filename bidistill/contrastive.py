@@ -29,13 +29,12 @@ from torch import Tensor, nn
 
 from bidistill.config import LoraSettings
 from bidistill.data.packing import Packed, pack
-from bidistill.data.records import Role
+from bidistill.data.records import FORGETTING
 from bidistill.data.views import Example, View
 from bidistill.errors import UserError
 from bidistill.models import adapters_off, hidden_rows
 from bidistill.progress import track
 
-FORGETTING: tuple[Role, ...] = ("forget", "adversarial")
 EXAMPLES_PER_PACK = 32
 
 

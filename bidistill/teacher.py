@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from bidistill.config import TeacherConfig, TrainConfig
 from bidistill.data.loader import Batch
 from bidistill.data.readers import read_records
-from bidistill.data.records import ROLES, Record, Role
+from bidistill.data.records import FORGETTING, ROLES, Record, Role
 from bidistill.data.views import Example, Message
 from bidistill.evaluation.detectors import refuses, says_fact
 from bidistill.evaluation.generation import generate
@@ -37,7 +37,6 @@ MAX_LEAK = 0.1
 """Share of them where it may say the fact."""
 MAX_LOSS = 0.1
 """How much more it may refuse, or less it may know, on the other roles than without context."""
-FORGETTING: tuple[Role, ...] = ("forget", "adversarial")
 
 
 def contexts_of(config: TeacherConfig) -> dict[Role, Sequence[Message]]:

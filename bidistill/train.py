@@ -30,7 +30,7 @@ from peft import PeftModel
 from torch import nn
 
 from bidistill import checkpoint, contrastive, export, run_folder
-from bidistill.config import OptimConfig, TrainConfig
+from bidistill.config import OptimConfig, TrainConfig, require_objectives
 from bidistill.data.loader import Batch, RoleLoader
 from bidistill.data.readers import read_records
 from bidistill.data.records import ROLES
@@ -235,12 +235,7 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 def _check(config: TrainConfig) -> None:
     """Refuse what each part of the recipe allows, but not together."""
-    for role, count in config.data.per_step.items():
-        if count and role not in config.objectives:
-            raise UserError(
-                f"objectives: got none for role {role!r}, of which data.per_step takes {count}; "
-                f"add objectives.{role}, or set data.per_step.{role} to 0"
-            )
+    require_objectives(config)
     if config.model.adapter is None and not config.teacher.cache:
         raise UserError(
             "teacher.cache: got false while all weights train, expected true; the base model is "

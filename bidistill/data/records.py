@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 Role = Literal["forget", "neighbor", "retain", "adversarial"]
 ROLES: tuple[Role, ...] = get_args(Role)
+FORGETTING: tuple[Role, ...] = ("forget", "adversarial")
+"""Roles whose answers are to change; the others are to stay as they are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
