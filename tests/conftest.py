@@ -1,10 +1,15 @@
 """Fixtures of all tests: fixed seeds, and memory nobody wrote to that shows."""
 
+import os
 import random
 import sys
 
 import pytest
 import torch
+
+# read when the kernels are first imported: without a GPU they run in Triton's interpreter
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

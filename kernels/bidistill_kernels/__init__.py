@@ -6,12 +6,14 @@ memory and precision: kernels/README.md.
 
 from bidistill_kernels._info import info
 from bidistill_kernels._loss import Stats
+from bidistill_kernels._rows import TopK
 from bidistill_kernels.bidirectional_kl import (
     LinearBidirectionalKL,
     bidirectional_kl,
     bidirectional_kl_reference,
     linear_bidirectional_kl,
 )
+from bidistill_kernels.bild import LinearBiLD, bild, bild_reference, linear_bild
 from bidistill_kernels.cross_entropy import (
     LinearCrossEntropy,
     cross_entropy,
@@ -25,26 +27,43 @@ from bidistill_kernels.push_pull import (
     push_pull,
     push_pull_reference,
 )
+from bidistill_kernels.topk_kl import (
+    LinearTopKKL,
+    linear_topk_kl,
+    topk_kl,
+    topk_kl_reference,
+    topk_log_probs,
+)
 from bidistill_kernels.transform import LogitTransform
 
 __all__ = [
+    "LinearBiLD",
     "LinearBidirectionalKL",
     "LinearCrossEntropy",
     "LinearJSD",
     "LinearPushPull",
+    "LinearTopKKL",
     "LogitTransform",
     "Stats",
+    "TopK",
     "bidirectional_kl",
     "bidirectional_kl_reference",
+    "bild",
+    "bild_reference",
     "cross_entropy",
     "cross_entropy_reference",
     "info",
     "jsd",
     "jsd_reference",
     "linear_bidirectional_kl",
+    "linear_bild",
     "linear_cross_entropy",
     "linear_jsd",
     "linear_push_pull",
+    "linear_topk_kl",
     "push_pull",
     "push_pull_reference",
+    "topk_kl",
+    "topk_kl_reference",
+    "topk_log_probs",
 ]

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bidistill_kernels._rows import TopK
 from bidistill_kernels.transform import LogitTransform
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_OTHER_BACKENDS = ("triton", "native")
 
 
 class Side(NamedTuple):
@@ -57,7 +57,8 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise TypeError(f"{name}: got {value!r}, expected a {kind}")
     inside = low < value < high if open_ends else low <= value <= high
-    if not inside or math.isinf(value):
+    # compared with infinity: a compiler that traces the number has no isinf of it
+    if not inside or value >= math.inf:
         ends = (f"above {low}", f"below {high}") if open_ends else (f">= {low}", f"<= {high}")
         wanted = f"a finite {kind} {ends[0]}" + ("" if math.isinf(high) else f" and {ends[1]}")
         raise ValueError(f"{name}: got {value}, expected {wanted}")
@@ -69,25 +70,12 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
-def check_backend(backend: str) -> None:
-    """Refuse a back-end by name that is not there: it never falls back silently."""
-    if backend in _OTHER_BACKENDS:
-        raise ValueError(
-            f"backend: got {backend!r}, which has no loss kernels yet, expected 'auto' or 'torch'; "
-            "pass 'auto' for the best one present"
-        )
-    check_choice("backend", backend, ("auto", "torch"))
-
-
 def check_tensors(
     student: Side, teacher: Side | None, target: Tensor | None, token_weight: Tensor | None
 ) -> None:
     """Refuse tensors of the wrong kind, shape, dtype or device, and a trainable teacher."""
-    sides = [student] if teacher is None else [student, teacher]
-    for side in sides:
-        for name, tensor in side.tensors().items():
-            _check_kind(name, tensor, student.hidden.device)
-        _check_side(side)
+    for side in [student] if teacher is None else [student, teacher]:
+        check_side(side, student.hidden)
     if teacher is not None:
         _check_pair(student, teacher)
     if target is not None:
@@ -103,7 +91,39 @@ def check_tensors(
             )
 
 
-def _check_kind(name: str, tensor: Tensor, device: torch.device) -> None:
+def check_top_k(stored: TopK, student: Side) -> None:
+    """Refuse a stored teacher of the wrong shape, dtype or device."""
+    N, ids, values = student.hidden.shape[0], stored.ids, stored.values
+    for name, tensor in (("teacher.ids", ids), ("teacher.values", values)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
+        if tensor.ndim != 2 or tensor.shape[0] != N or tensor.shape[1] == 0:
+            raise ValueError(
+                f"{name}: got shape {tuple(tensor.shape)}, expected ({N}, K), a row for each of "
+                f"{student.rows_name}"
+            )
+        if tensor.device != student.hidden.device:
+            raise ValueError(
+                f"{name}: got device {tensor.device}, expected {student.hidden.device}; "
+                "move it there"
+            )
+    if ids.shape != values.shape:
+        raise ValueError(
+            f"teacher.values: got shape {tuple(values.shape)}, expected {tuple(ids.shape)}, "
+            "that of teacher.ids"
+        )
+    if ids.dtype != torch.int64:
+        raise TypeError(f"teacher.ids: got {ids.dtype}, expected int64 token ids")
+    if values.dtype not in _FLOATS:
+        raise TypeError(f"teacher.values: got {values.dtype}, expected a float dtype")
+    if values.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "teacher.values: requires a gradient, expected a constant: the teacher is not trained; "
+            "pass teacher.values.detach()"
+        )
+
+
+def _check_kind(name: str, tensor: Tensor, beside: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
     if hasattr(tensor, "to_local"):
@@ -116,11 +136,16 @@ def _check_kind(name: str, tensor: Tensor, device: torch.device) -> None:
             f"{name}: got {tensor.dtype}, expected float16, bfloat16, float32 or float64; "
             "dequantise it first"
         )
-    if tensor.device != device:
-        raise ValueError(f"{name}: got device {tensor.device}, expected {device}; move it there")
+    if isinstance(beside, Tensor) and tensor.device != beside.device:
+        raise ValueError(
+            f"{name}: got device {tensor.device}, expected {beside.device}; move it there"
+        )
 
 
-def _check_side(side: Side) -> None:
+def check_side(side: Side, beside: Tensor) -> None:
+    """Refuse one model's tensors: their kinds, shapes, and other devices than that of `beside`."""
+    for name, tensor in side.tensors().items():
+        _check_kind(name, tensor, beside)
     hidden, weight, bias = side.hidden, side.weight, side.bias
     if hidden.ndim != 2:
         raise ValueError(

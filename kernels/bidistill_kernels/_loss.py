@@ -1,28 +1,18 @@
 """What every public loss shares: its options, the checks, the call of the operation, reduction."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
-from bidistill_kernels import _ops
-from bidistill_kernels._checks import (
-    Side,
-    check_backend,
-    check_choice,
-    check_number,
-    check_tensors,
-)
-from bidistill_kernels._rows import ROW_LOSSES
+from bidistill_kernels import _backends, _ops
+from bidistill_kernels._checks import Side, check_choice, check_number, check_tensors, check_top_k
+from bidistill_kernels._rows import ROW_LOSSES, TopK
 from bidistill_kernels.transform import LogitTransform
 
-# Logits of both models that exist at a time: on CPU more than 64 MiB gains a few per cent, a
-# quarter of it loses a third (kernels/README.md#traffic); an accelerator needs 1024 rows to be busy
-_CHUNK_BYTES = {"cpu": 64 << 20}
-_CHUNK_BYTES_ELSEWHERE = 1 << 30
 _IDENTITY = LogitTransform()
 
 
@@ -57,18 +47,20 @@ class RowOptions(TypedDict, total=False):
     """Scale, soft-cap, temperature and vocabulary limit of the student's logits."""
     token_weight: Float[Tensor, "N"] | None
     """Weight of each row, a constant; rows of weight 0 are left out and cost nothing."""
-    ignore_index: int
-    """Rows with this target (default -100) are left out and cost nothing."""
+    ignore_index: int | None
+    """Rows with this target (default -100) are left out and cost nothing. None: there are none,
+    which spares an accelerator the one synchronisation that finding them takes."""
     reduction: Literal["mean", "sum", "none"]
-    """"mean" (default): weighted sum / `num_items`. "none": weighted loss of each row, which costs
-    a second projection in backward; the others compute their gradient in forward."""
+    """"mean" (default): weighted sum / `num_items`. "none": weighted loss of each row; with a
+    trained head it may cost a second projection in backward (kernels/README.md)."""
     num_items: float | Tensor | None
     """Divisor of "mean": the global number of rows under gradient accumulation or data
     parallelism. Default: the sum of the weights of the rows that count."""
     chunk_bytes: int | None
     """Upper bound on the fp32 logits that exist at a time. Default: 64 MiB on CPU, else 1 GiB."""
-    backend: Literal["auto", "torch"]
-    """Who computes; one named explicitly never falls back to another."""
+    backend: Literal["auto", "torch", "triton"]
+    """Who computes; one named explicitly never falls back to another. "auto" takes Triton on CUDA
+    and ROCm devices if it is installed, else torch."""
     return_stats: bool
     """Return (loss, `Stats`) instead of the loss alone."""
 
@@ -100,7 +92,7 @@ def fused_loss(
     loss: str,
     params: list[float],
     student: tuple[Tensor, Tensor | None],
-    teacher: tuple[Tensor, Tensor | None] | None,
+    teacher: tuple[Tensor | TopK, Tensor | None] | None,
     target: Integer[Tensor, "N"] | None,
     *,
     student_bias: Tensor | None = None,
@@ -108,81 +100,117 @@ def fused_loss(
     student_transform: LogitTransform = _IDENTITY,
     teacher_transform: LogitTransform = _IDENTITY,
     token_weight: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     reduction: str = "mean",
     num_items: float | Tensor | None = None,
     chunk_bytes: int | None = None,
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Output:
-    """Check, call the operation and reduce; a model is (hidden, weight), or (logits, None)."""
-    check_backend(backend)
+    """Check, call the operation and reduce.
+
+    A model is (hidden, weight), (logits, None) or, stored, (TopK, None).
+    """
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items: got one with reduction={reduction!r}, expected 'mean'")
     pupil = Side("student", *student, student_bias, student_transform)
-    tutor = None
-    if teacher is not None:
-        tutor = Side("teacher", *teacher, teacher_bias, teacher_transform)
-    elif teacher_bias is not None or teacher_transform != _IDENTITY:
-        raise TypeError(f"teacher_transform: got one, expected none; {loss} has no teacher")
+    tutor, stored = None, None
+    if teacher is not None and isinstance(teacher[0], TopK):
+        stored = teacher[0]
+    elif teacher is not None:
+        hidden, weight = teacher
+        tutor = Side("teacher", cast(Tensor, hidden), weight, teacher_bias, teacher_transform)
+    if tutor is None and (teacher_bias is not None or teacher_transform is not _IDENTITY):
+        raise TypeError(f"teacher_transform: got one, expected none; {loss} has no teacher logits")
     check_tensors(pupil, tutor, target, token_weight)
+    if stored is not None:
+        check_top_k(stored, pupil)
+    pupil, tutor = _as_autocast(pupil), None if tutor is None else _as_autocast(tutor)
+    backend = _backends.resolve(backend, pupil.hidden.device, pupil.hidden.dtype)
     if chunk_bytes is None:
-        chunk_bytes = _CHUNK_BYTES.get(pupil.hidden.device.type, _CHUNK_BYTES_ELSEWHERE)
+        chunk_bytes = _backends.sizes(backend, pupil.hidden.device.type).chunk_bytes
     check_number("chunk_bytes", chunk_bytes, 1, whole=True)
 
     weight_N = _row_weight(pupil.hidden, target, token_weight, ignore_index)
+    all_rows = token_weight is None and (target is None or ignore_index is None)
     if reduction == "mean":
-        weight_N = weight_N / _divisor(weight_N, num_items)
-    inputs = _inputs(loss, params, pupil, tutor, target, weight_N, chunk_bytes)
-    if reduction == "none":
-        per_token_N, stats_SN = _ops.lm_head_rows(*inputs)
-        result = per_token_N * weight_N
-    else:
-        result, per_token_N, stats_SN, *_ = _ops.lm_head_loss(*inputs)
+        weight_N = weight_N / _divisor(weight_N, num_items, all_rows=all_rows)
+    parts = pupil[1:4]
+    wants = torch.is_grad_enabled()
+    inputs = _ops.Inputs(
+        *parts,
+        *((None, None, None) if tutor is None else tutor[1:4]),
+        None,
+        target,
+        weight_N,
+        loss,
+        params,
+        pupil.transform.pack(),
+        (pupil if tutor is None else tutor).transform.pack(),
+        backend,
+        chunk_bytes,
+        all_rows,
+        [wants and x is not None and x.requires_grad for x in parts],
+    )
+    if stored is not None:
+        inputs = inputs._replace(teacher_hidden=stored.values, teacher_ids=stored.ids)
+    result, per_token_N, stats_SN = _call(inputs, reduction)
     if not return_stats:
         return result
     named = dict(zip(ROW_LOSSES[loss].stats, stats_SN.detach().unbind(), strict=True))
     return result, Stats(per_token_N.detach(), **named)
 
 
+def _call(inputs: _ops.Inputs, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Call the operation that fits: the reduced loss, per-row losses, statistics.
+
+    The one for sums is needed only where dW must be summed before the upstream gradient is known.
+    """
+    by_rows = reduction == "none" or not any(inputs.needs[1:]) or inputs.keeps_slab()
+    if not by_rows:
+        total, per_token_N, stats_SN, *_ = _ops.lm_head_loss(*inputs)
+        return total, per_token_N, stats_SN
+    per_token_N, stats_SN, *_ = _ops.lm_head_rows(*inputs)
+    if reduction == "none":
+        return per_token_N * inputs.row_weight, per_token_N, stats_SN
+    return torch.dot(per_token_N, inputs.row_weight), per_token_N, stats_SN
+
+
+def _as_autocast(side: Side) -> Side:
+    """Cast what an accelerator multiplies as autocast would; logits stay fp32.
+
+    On CPU 16-bit products gain nothing, and the tensors are used as they are.
+    """
+    device = side.hidden.device.type
+    if device == "cpu" or side.weight is None or not torch.is_autocast_enabled(device):
+        return side
+    dtype = torch.get_autocast_dtype(device)
+    return side._replace(hidden=side.hidden.to(dtype), weight=side.weight.to(dtype))
+
+
 def _row_weight(
-    hidden: Tensor, target: Tensor | None, token_weight: Tensor | None, ignore_index: int
+    hidden: Tensor, target: Tensor | None, token_weight: Tensor | None, ignore_index: int | None
 ) -> Tensor:
     """Weight of each row, 0 where the target says so, in the dtype of the computation."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     weight_N = hidden.new_ones(hidden.shape[0], dtype=dtype)
     if token_weight is not None:
         weight_N = token_weight.detach().to(dtype)
-    return weight_N if target is None else weight_N.masked_fill(target == ignore_index, 0)
+    if target is None or ignore_index is None:
+        return weight_N
+    return weight_N.masked_fill(target == ignore_index, 0)
 
 
-def _divisor(weight_N: Tensor, num_items: float | Tensor | None) -> float | Tensor:
+def _divisor(
+    weight_N: Tensor, num_items: float | Tensor | None, *, all_rows: bool
+) -> float | Tensor:
     if num_items is not None:
         return num_items
+    if all_rows:
+        return max(1, weight_N.shape[0])
     total = weight_N.sum()
     return torch.where(total == 0, 1, total)  # nothing counts: the mean of nothing is 0 here
-
-
-def _inputs(
-    loss: str,
-    params: list[float],
-    student: Side,
-    teacher: Side | None,
-    target: Tensor | None,
-    row_weight: Tensor,
-    chunk_bytes: int,
-) -> _ops.Inputs:
-    """Flatten everything into the operations' inputs."""
-    parts = student[1:4]
-    wants = torch.is_grad_enabled()
-    needs = [wants and x is not None and x.requires_grad for x in parts]
-    others = (None, None, None) if teacher is None else teacher[1:4]
-    transform = student.transform if teacher is None else teacher.transform
-    packed = student.transform.pack(), transform.pack()
-    return _ops.Inputs(
-        *parts, *others, target, row_weight, loss, params, *packed, chunk_bytes, needs
-    )
 
 
 class LossModule(nn.Module):

@@ -1,14 +1,65 @@
-"""What a loss is to the driver: a row function on one block of logits, and the table of them.
+"""What a loss is to the driver: a row function on a chunk of logits, and the table of them.
 
 A loss file registers its row function under a name; `lm_head.py` turns any registered function
-into a fused LM-head loss. Shapes: C rows of one block, V vocabulary, K ids a row.
+into a fused LM-head loss. A function reaches the logits through `Logits`, which each back-end
+implements, so one function may serve them all; a dense loss whose speed matters has one function
+per back-end. Shapes: C rows of one chunk, V vocabulary, K ids a row.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
-import torch
 from torch import Tensor
+
+from bidistill_kernels.transform import LogitTransform
+
+
+class TopK(NamedTuple):
+    """A teacher that was stored: its K best ids of each token, best first, and their values.
+
+    Example:
+        >>> import torch
+        >>> TopK(torch.tensor([[7, 2]]), torch.tensor([[-0.1, -2.5]])).ids.shape
+        torch.Size([1, 2])
+    """
+
+    ids: Tensor
+    """Token ids. Shape (N, K), int64."""
+    values: Tensor
+    """Log-probabilities or final logits, as the loss says; -inf marks an absent entry."""
+
+
+class Logits(Protocol):
+    """One model's logits of a chunk; "final" ones have gone through the logit transform."""
+
+    raw_CV: Tensor
+    """Products of hidden states and head, fp32 or fp64, cut to the vocabulary limit."""
+    bias_V: Tensor | None
+    transform: LogitTransform
+
+    def at(self, ids_CK: Tensor) -> Tensor:
+        """Return the final logits at the ids, (C, K)."""
+        ...
+
+    def top(self, k: int) -> Tensor:
+        """Return the ids of the k largest final logits, best first, lowest id first on ties."""
+        ...
+
+    def log_sum_exp(self) -> Tensor:
+        """Return the log-sum-exp of each row, (C,)."""
+        ...
+
+    def mask_(self, ids_CK: Tensor) -> None:
+        """Rule the ids out: their final logits are -inf from now on."""
+        ...
+
+    def softmax_gradient(self, base_C: Tensor, factor_C: Tensor, gradient_CV: Tensor) -> None:
+        """Write exp(final - base) * factor * slope of the soft-cap."""
+        ...
+
+    def chain(self, values_CK: Tensor, logits_CK: Tensor) -> Tensor:
+        """Multiply gradients at ids of these final logits by the slope of the soft-cap."""
+        ...
 
 
 class SparseGradient(NamedTuple):
@@ -18,100 +69,64 @@ class SparseGradient(NamedTuple):
     values_CK: Tensor
 
 
+class Chunk(NamedTuple):
+    """Input of a row function, which owns the logits and may overwrite them."""
+
+    student: Logits
+    teacher: Logits | TopK | None
+    target_C: Tensor | None
+    gradient_CV: Tensor | None
+    """Where a dense gradient goes, in its dtype; None if none is wanted. It may share storage
+    with the student's logits, row upon row."""
+    need_gradient: bool
+
+
 class RowResult(NamedTuple):
-    """Loss of each row, its gradient with respect to the student's final logits, statistics."""
+    """Loss of each row and statistics; gradients are those of the raw logits.
 
-    loss_C: Tensor
-    gradient: Tensor | SparseGradient | None  # dense: shape (C, V); None where nobody asked
-    stats: tuple[Tensor, ...] = ()  # shape (C,) each, in the order the loss was registered with
-
-
-class RowFunction(Protocol):
-    """Loss and gradient of one block of rows. It owns both logit buffers and may overwrite them.
-
-    Rows stand alone: the driver weights them, applies the chain rule of the logit transform and
-    multiplies by the head. Logits come in fp32 (fp64 for fp64 input).
+    The constant factor of the logit transform and the weights of the tokens are left to the driver.
     """
 
-    def __call__(
-        self,
-        student_logits_CV: Tensor,
-        teacher_logits_CV: Tensor | None,
-        target_C: Tensor | None,
-        params: Sequence[float],
-        *,
-        need_gradient: bool,
-    ) -> RowResult: ...
+    loss_C: Tensor
+    stats: tuple[Tensor, ...] = ()  # shape (C,) each, in the order the loss was registered with
+    sparse: SparseGradient | None = None  # of a loss that has no dense one
+
+
+RowFunction: TypeAlias = Callable[[Chunk, Sequence[float]], RowResult]
+Width: TypeAlias = Callable[[Sequence[float], int, int], int]
 
 
 class RowLoss(NamedTuple):
-    """One entry of the table: the row function and the names of the statistics it returns."""
+    """One entry of the table."""
 
-    rows: RowFunction
+    function: RowFunction
+    """For every back-end, or for "torch" where `dense` is set."""
     stats: tuple[str, ...]
+    """Names of the statistics it returns."""
+    dense: bool
+    """Each back-end has a function of its own: module `_<backend>.<name>`, function `rows`."""
+    width: Width | None
+    """Ids a row of its sparse gradient, from (params, V, K of a stored teacher); None: dense."""
+    gathers: bool
+    """It only asks for logits at the stored teacher's ids: nothing is projected."""
 
 
 ROW_LOSSES: dict[str, RowLoss] = {}
 
 
-def row_function(name: str, stats: tuple[str, ...] = ()) -> Callable[[RowFunction], RowFunction]:
-    """Enter the decorated row function into the table under `name`."""
+def row_function(
+    name: str,
+    stats: tuple[str, ...] = (),
+    *,
+    dense: bool = False,
+    width: Width | None = None,
+    gathers: bool = False,
+) -> Callable[[RowFunction], RowFunction]:
+    """Enter the decorated row function into the table under `name`; see `RowLoss`."""
 
     def register(rows: RowFunction) -> RowFunction:
         assert name not in ROW_LOSSES, name
-        ROW_LOSSES[name] = RowLoss(rows, stats)
+        ROW_LOSSES[name] = RowLoss(rows, stats, dense, width, gathers)
         return rows
 
     return register
-
-
-def softmax_(logits_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Subtract each row's maximum in place.
-
-    Returns the probabilities, the maximum and the log-sum-exp relative to it.
-    """
-    top_C1 = logits_CV.amax(-1, keepdim=True)
-    p_CV = logits_CV.sub_(top_C1).exp()
-    sum_C1 = p_CV.sum(-1, keepdim=True)
-    return p_CV.div_(sum_C1), top_C1, sum_C1.log()
-
-
-class Comparison(NamedTuple):
-    """Both distributions of a block, and how they differ, accurate where they hardly do."""
-
-    p_student_CV: Tensor
-    p_teacher_CV: Tensor
-    log_ratio_CV: Tensor  # log p_teacher - log p_student; 0 for ids masked in both
-    gap_CV: Tensor  # p_teacher - p_student
-    student_top_C: Tensor  # largest logit
-    student_log_sum_C: Tensor  # log-sum-exp of the logits relative to it
-    student_lse_C: Tensor
-    teacher_lse_C: Tensor
-
-
-def compare_(student_logits_CV: Tensor, teacher_logits_CV: Tensor) -> Comparison:
-    """Compare two blocks of logits; the results overwrite both of them."""
-    p_s, top_s, log_sum_s = softmax_(student_logits_CV)
-    p_t, top_t, log_sum_t = softmax_(teacher_logits_CV)
-    # logits relative to their maxima are subtracted first: lse - lse of O(10) numbers would cost
-    # 2 to 12 times the error. An id masked in both models gives -inf - -inf and counts as absent
-    log_ratio = teacher_logits_CV.sub_(student_logits_CV).add_(log_sum_s - log_sum_t)
-    log_ratio.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-    # p_t - p_s = sign(r) max(p_t, p_s) (1 - exp(-|r|)): the plain difference has no correct digit
-    # left where the models agree to 1e-7, this one keeps all, and nothing overflows
-    gap = torch.abs(log_ratio, out=student_logits_CV).neg_().expm1_()
-    gap.mul_(torch.maximum(p_s, p_t)).copysign_(log_ratio)
-    lse_s, lse_t = (top_s + log_sum_s).squeeze(1), (top_t + log_sum_t).squeeze(1)
-    return Comparison(
-        p_s, p_t, log_ratio, gap, top_s.squeeze(1), log_sum_s.squeeze(1), lse_s, lse_t
-    )
-
-
-def expected(p_CV: Tensor, value_CV: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Multiply p and value where an impossible id (p = 0) adds 0 even at infinity.
-
-    A NaN of the input is not hidden for long: it makes all of the row's p NaN, and with them the
-    gap that every loss adds.
-    """
-    product_CV = torch.mul(p_CV, value_CV, out=out)
-    return product_CV.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)

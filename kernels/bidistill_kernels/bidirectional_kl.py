@@ -27,7 +27,9 @@ from bidistill_kernels._loss import (
     PairOptions,
     fused_loss,
 )
-from bidistill_kernels._rows import RowResult, compare_, expected, row_function
+from bidistill_kernels._rows import row_function
+from bidistill_kernels._softmax import compare_, expected
+from bidistill_kernels._torch_rows import DenseResult, dense_rows
 
 
 def bidirectional_kl_reference(
@@ -55,15 +57,17 @@ def bidirectional_kl_reference(
     return loss
 
 
-@row_function("bidirectional_kl", stats=("student_lse", "teacher_lse", "forward_kl", "reverse_kl"))
+@row_function(
+    "bidirectional_kl", stats=("student_lse", "teacher_lse", "forward_kl", "reverse_kl"), dense=True
+)
+@dense_rows
 def _rows(
     student_logits_CV: Tensor,
     teacher_logits_CV: Tensor | None,
     target_C: Tensor | None,
     params: Sequence[float],
-    *,
     need_gradient: bool,
-) -> RowResult:
+) -> DenseResult:
     assert teacher_logits_CV is not None
     forward, reverse, cross_entropy = params
     target_C1 = None
@@ -89,7 +93,7 @@ def _rows(
         loss_C += cross_entropy * (both.student_log_sum_C + below_top_C)
     stats = both.student_lse_C, both.teacher_lse_C, forward_C, reverse_C
     if not need_gradient:
-        return RowResult(loss_C, None, stats)
+        return DenseResult(loss_C, None, stats)
     gradient_CV = both.gap_CV.mul_(-forward)
     if reverse:
         gradient_CV.sub_(p_r_CV, alpha=reverse)
@@ -99,7 +103,7 @@ def _rows(
         gradient_CV.scatter_add_(
             1, target_C1, gradient_CV.new_full(target_C1.shape, -cross_entropy)
         )
-    return RowResult(loss_C, gradient_CV, stats)
+    return DenseResult(loss_C, gradient_CV, stats)
 
 
 def _params(

@@ -20,7 +20,9 @@ from bidistill_kernels._loss import (
     RowOptions,
     fused_loss,
 )
-from bidistill_kernels._rows import RowResult, row_function, softmax_
+from bidistill_kernels._rows import row_function
+from bidistill_kernels._softmax import softmax_
+from bidistill_kernels._torch_rows import DenseResult, dense_rows
 
 
 def cross_entropy_reference(
@@ -30,15 +32,15 @@ def cross_entropy_reference(
     return F.cross_entropy(student_logits, target.long(), reduction="none")
 
 
-@row_function("cross_entropy", stats=("student_lse",))
+@row_function("cross_entropy", stats=("student_lse",), dense=True)
+@dense_rows
 def _rows(
     student_logits_CV: Tensor,
     teacher_logits_CV: Tensor | None,
     target_C: Tensor | None,
     params: Sequence[float],
-    *,
     need_gradient: bool,
-) -> RowResult:
+) -> DenseResult:
     assert target_C is not None
     target_C1 = target_C.long()[:, None]
     p_CV, top_C1, log_sum_C1 = softmax_(student_logits_CV)
@@ -46,9 +48,9 @@ def _rows(
     # both terms are relative to the row's maximum: logits of 1e4 cost no digits
     loss_C = (log_sum_C1 - student_logits_CV.gather(1, target_C1)).squeeze(1)
     if not need_gradient:
-        return RowResult(loss_C, None, (lse_C,))
+        return DenseResult(loss_C, None, (lse_C,))
     gradient_CV = p_CV.scatter_add_(1, target_C1, p_CV.new_full(target_C1.shape, -1))
-    return RowResult(loss_C, gradient_CV, (lse_C,))
+    return DenseResult(loss_C, gradient_CV, (lse_C,))
 
 
 def linear_cross_entropy(

@@ -27,7 +27,9 @@ from bidistill_kernels._loss import (
     PairOptions,
     fused_loss,
 )
-from bidistill_kernels._rows import RowResult, compare_, expected, row_function
+from bidistill_kernels._rows import row_function
+from bidistill_kernels._softmax import compare_, expected
+from bidistill_kernels._torch_rows import DenseResult, dense_rows
 
 
 def jsd_reference(
@@ -48,15 +50,15 @@ def jsd_reference(
     return beta * teacher.sum(-1) + (1 - beta) * student.sum(-1)
 
 
-@row_function("jsd", stats=("student_lse", "teacher_lse"))
+@row_function("jsd", stats=("student_lse", "teacher_lse"), dense=True)
+@dense_rows
 def _rows(
     student_logits_CV: Tensor,
     teacher_logits_CV: Tensor | None,
     target_C: Tensor | None,
     params: Sequence[float],
-    *,
     need_gradient: bool,
-) -> RowResult:
+) -> DenseResult:
     assert teacher_logits_CV is not None
     (beta,) = params
     both = compare_(student_logits_CV, teacher_logits_CV)
@@ -74,9 +76,9 @@ def _rows(
     loss_C += 0 * both.gap_CV.sum(-1)
     stats = both.student_lse_C, both.teacher_lse_C
     if not need_gradient:
-        return RowResult(loss_C, None, stats)
+        return DenseResult(loss_C, None, stats)
     gradient_CV = p_s_CV.mul_(p_F_C[:, None]).sub_(p_F_CV).mul_(1 - beta)
-    return RowResult(loss_C, gradient_CV, stats)
+    return DenseResult(loss_C, gradient_CV, stats)
 
 
 def linear_jsd(

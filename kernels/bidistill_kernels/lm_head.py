@@ -1,28 +1,39 @@
 """Chunk driver: turns any row function into a loss fused with the LM head.
 
 The logits of one chunk of tokens exist, in fp32 (fp64 for fp64 input), never N x V. Each chunk is
-projected with both heads, its loss and logit gradient are computed block by block in the cache,
-and the gradient is at once multiplied into dX and dW: 8NVH FLOPs, nothing recomputed. Memory and
-precision are accounted for in kernels/README.md.
+projected with both heads, a back-end computes its loss and logit gradient, and nothing is
+recomputed. Where the gradient of the logits goes, from small to large:
 
-Shapes: N tokens, C rows of one chunk, V vocabulary, D width of a model, K ids of a sparse gradient.
+* sparse losses: K ids and values a token, which gradients gather head rows by;
+* in place over the chunk's logits, and at once into dX and dW: frozen heads, CPU;
+* a slab of several chunks, so that the large sum dW is moved once a slab: 16-bit heads on
+  accelerators;
+* a slab of all tokens, kept until the upstream gradient is known: while it is smaller than that
+  sum would be.
+
+Memory and precision are accounted for in kernels/README.md. Shapes: N tokens, M of them that count,
+C rows of a chunk, B of a block, V vocabulary, D width of a model, K ids of a sparse gradient, H
+heads (one or two).
 """
 
-import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from itertools import pairwise
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from bidistill_kernels._rows import ROW_LOSSES, RowLoss, RowResult, SparseGradient
+from bidistill_kernels import _backends, _products
+from bidistill_kernels._rows import (
+    ROW_LOSSES,
+    Chunk,
+    Logits,
+    RowResult,
+    SparseGradient,
+    TopK,
+)
+from bidistill_kernels._torch_rows import Gathered
 from bidistill_kernels.transform import LogitTransform
-
-# One block's buffer of logits: with its four companions it stays in a core's share of the cache.
-# Measured in kernels/README.md#traffic
-BLOCK_BYTES = 1 << 20
-# Rows of a 16-bit head converted at a time: a full fp32 copy of the head never exists
-SLAB_ROWS = 4096
 
 
 class Head(NamedTuple):
@@ -39,24 +50,22 @@ class Head(NamedTuple):
         V = self.hidden_ND.shape[-1] if self.weight_VD is None else self.weight_VD.shape[0]
         return min(V, self.transform.vocab_limit or V)
 
-    def slabs(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the head in pieces of `dtype`: one piece if it has that dtype already."""
-        assert self.weight_VD is not None
-        step = self.vocab if self.weight_VD.dtype == dtype else SLAB_ROWS
-        for start in range(0, self.vocab, step):
-            ids = slice(start, min(start + step, self.vocab))
-            yield ids, self.weight_VD[ids].to(dtype)
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """Return the bias of the ids that take part."""
+        return None if self.bias_V is None else self.bias_V[: self.vocab].to(dtype)
 
-    def project(self, rows_C: Tensor, logits_CV: Tensor) -> None:
-        """Write the raw logits of the given rows."""
+    def weight(self) -> Tensor:
+        """Return the head rows of the ids that take part."""
+        assert self.weight_VD is not None
+        return self.weight_VD[: self.vocab]
+
+    def project(self, rows: "Rows", out_CV: Tensor) -> None:
+        """Write the products of the given rows with the head, without the bias."""
+        hidden_CD = self.hidden_ND[rows]
         if self.weight_VD is None:
-            logits_CV.copy_(self.hidden_ND[:, : self.vocab][rows_C])
-            return
-        x_CD = self.hidden_ND[rows_C].to(logits_CV.dtype)
-        for ids, weight_SD in self.slabs(logits_CV.dtype):
-            torch.mm(x_CD, weight_SD.T, out=logits_CV[:, ids])
-        if self.bias_V is not None:
-            logits_CV.add_(self.bias_V[: self.vocab].to(logits_CV.dtype))
+            out_CV.copy_(hidden_CD[:, : self.vocab])
+        else:
+            _products.project(hidden_CD, self.weight(), out_CV)
 
 
 class Needs(NamedTuple):
@@ -67,157 +76,362 @@ class Needs(NamedTuple):
     bias: bool
 
 
-class Gradients:
-    """Gradients of the weighted sum, in the dtype of the computation; size 0 where not needed."""
+class Plan(NamedTuple):
+    """How the driver works, as far as the caller decides it."""
 
-    def __init__(self, head: Head, needs: Needs, dtype: torch.dtype) -> None:
-        """Allocate zeros: ignored rows and ids nobody touches keep them."""
-
-        def zeros(like: Tensor | None, needed: bool) -> Tensor:
-            shape = like.shape if needed and like is not None else (0,)
-            return head.hidden_ND.new_zeros(shape, dtype=dtype)
-
-        self.head, self.needs, self.dtype = head, needs, dtype
-        self.hidden_ND = zeros(head.hidden_ND, needs.hidden)
-        self.weight_VD = zeros(head.weight_VD, needs.weight)
-        self.bias_V = zeros(head.bias_V, needs.bias)
-
-    def add_dense(self, rows_C: Tensor, scale_C: Tensor, gradient_CV: Tensor) -> None:
-        """Add a chunk. Weights scale the narrow (C, D) operands, never the logit gradient."""
-        V = self.head.vocab
-        scale_C1 = scale_C[:, None]
-        if self.head.weight_VD is None:
-            self.hidden_ND[rows_C, :V] = gradient_CV.mul_(scale_C1)
-            return
-        if self.needs.hidden:
-            dx_CD = self.hidden_ND.new_zeros(len(rows_C), self.hidden_ND.shape[1])
-            for ids, weight_SD in self.head.slabs(self.dtype):
-                dx_CD.addmm_(gradient_CV[:, ids], weight_SD)
-            self.hidden_ND[rows_C] = dx_CD.mul_(scale_C1)
-        if self.needs.weight:
-            x_CD = self.head.hidden_ND[rows_C].to(self.dtype).mul_(scale_C1)
-            self.weight_VD[:V].addmm_(gradient_CV.T, x_CD)
-        if self.needs.bias:
-            self.bias_V[:V].addmv_(gradient_CV.T, scale_C)
-
-    def add_sparse(self, rows_C: Tensor, scale_C: Tensor, gradient: SparseGradient) -> None:
-        """Add a block of which K ids a row have a gradient: gathers of head rows, no (C, V)."""
-        ids_CK, values_CK = gradient.ids_CK, gradient.values_CK * scale_C[:, None]
-        if self.head.weight_VD is None:
-            dlogits_CV = values_CK.new_zeros(len(rows_C), self.hidden_ND.shape[1])
-            self.hidden_ND[rows_C] = dlogits_CV.scatter_add_(1, ids_CK, values_CK)
-            return
-        if self.needs.hidden:
-            weight_CKD = self.head.weight_VD[ids_CK].to(self.dtype)
-            self.hidden_ND[rows_C] = torch.bmm(values_CK[:, None], weight_CKD).squeeze(1)
-        if self.needs.weight:
-            x_CD = self.head.hidden_ND[rows_C].to(self.dtype)
-            outer_CKD = values_CK[..., None] * x_CD[:, None]
-            self.weight_VD.index_add_(0, ids_CK.flatten(), outer_CKD.flatten(0, 1))
-        if self.needs.bias:
-            self.bias_V.index_add_(0, ids_CK.flatten(), values_CK.flatten())
+    backend: str
+    chunk_bytes: int
+    all_rows: bool
+    """No row has weight 0, and nobody needs to look: no synchronisation with the device."""
+    weigh: bool
+    """The sums dW and dbias are wanted, over the rows' weights; else per-row gradients, of which
+    those of the logits are kept."""
 
 
 class LossRows(NamedTuple):
-    """Per-token results of the driver; 0 at rows of weight 0."""
+    """Per-token results of the driver; 0 at rows of weight 0, size 0 where not asked for."""
 
     loss_N: Tensor
     stats_SN: Tensor
-    gradients: Gradients
+    hidden_ND: Tensor
+    """Gradient of each row's loss, unweighted, in the dtype of the computation."""
+    weight_VD: Tensor
+    """Gradient of the weighted sum of the losses, if `Plan.weigh`."""
+    bias_V: Tensor
+    slab_NV: Tensor
+    """The kept gradient of raw logits: of a dense loss the first M rows and V columns, of a sparse
+    one the values (N, K). Unweighted, without the constant factor of the transform."""
+    ids_NK: Tensor
+
+
+Rows: TypeAlias = "slice | Tensor"  # a range of rows, or the listed ones
+
+
+def padded(V: int) -> int:
+    """Return the row stride of logits: rows start at multiples of 32 bytes in every dtype."""
+    return -(-V // 16) * 16
+
+
+def gradient_dtype(student: Head, backend: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the logits' gradient: the head's, for products of 16-bit operands."""
+    weight = student.weight_VD
+    return dtype if backend == "torch" or weight is None else weight.dtype
+
+
+def keeps_slab(
+    hidden_ND: Tensor, weight_VD: Tensor | None, loss: str, needs: Needs, backend: str
+) -> bool:
+    """Tell whether the gradient of all logits is kept until the upstream gradient is known.
+
+    It is while N rows of it take no more memory than one slab and the fp32 sum of dW would.
+    """
+    if not (needs.weight or needs.bias):
+        return False
+    if ROW_LOSSES[loss].width is not None:
+        return True
+    slab_bytes = _backends.sizes(backend, hidden_ND.device.type).slab_bytes
+    if slab_bytes == 0 or weight_VD is None:
+        return False
+    V, D = weight_VD.shape
+    slab = hidden_ND.shape[0] * padded(V) * weight_VD.dtype.itemsize
+    return slab <= slab_bytes + 4 * V * D
+
+
+def slab_shape(
+    student: Head, teacher: Head | TopK | None, loss: str, params: Sequence[float]
+) -> tuple[int, int]:
+    """Return the shape of `LossRows.slab_NV` where one is kept."""
+    # not len(), which fixes a symbolic size
+    N, width = student.hidden_ND.shape[0], ROW_LOSSES[loss].width
+    if width is None:
+        return N, padded(student.vocab)
+    stored = teacher.ids.shape[1] if isinstance(teacher, TopK) else 0
+    return N, width(params, student.vocab, stored)
 
 
 def run_chunks(
     student: Head,
-    teacher: Head | None,
+    teacher: Head | TopK | None,
     target_N: Tensor | None,
     row_weight_N: Tensor,
     loss: str,
     params: Sequence[float],
     needs: Needs,
-    chunk_bytes: int,
+    plan: Plan,
 ) -> LossRows:
-    """Loss of every row of non-zero weight, and the gradients of their weighted sum.
+    """Loss of every row of non-zero weight, and its gradients.
 
     `row_weight_N` also sets the dtype of the computation. Rows of weight 0 are left out before
     anything is projected. At most `chunk_bytes` of logits exist at a time (or one row of them).
     """
-    row_loss, dtype = ROW_LOSSES[loss], row_weight_N.dtype
-    heads = [head for head in (student, teacher) if head is not None]
-    kept_M = row_weight_N.nonzero().squeeze(1)
-    most_rows = max(1, chunk_bytes // (len(heads) * student.vocab * dtype.itemsize))
-    # of even size: a short last chunk would read the whole head for a few rows
-    chunks = kept_M.tensor_split(max(1, math.ceil(len(kept_M) / most_rows)))
-    buffer_HCV = row_weight_N.new_empty(len(heads), len(chunks[0]), student.vocab)
-    out = LossRows(
-        row_weight_N.new_zeros(len(row_weight_N)),
-        row_weight_N.new_zeros(len(row_loss.stats), len(row_weight_N)),
-        Gradients(student, needs, dtype),
-    )
+    job = _Job(student, teacher, target_N, row_weight_N, loss, params, needs, plan)
     # autocast would turn the fp32 projections back into 16-bit ones
     with torch.autocast(row_weight_N.device.type, enabled=False):
-        for rows_C in chunks:
-            logits_HCV = buffer_HCV[:, : len(rows_C)]
-            for head, logits_CV in zip(heads, logits_HCV, strict=True):
-                head.project(rows_C, logits_CV)
-            target_C = None if target_N is None else target_N[rows_C]
-            scale_C = row_weight_N[rows_C] * student.transform.factor
-            _run_blocks(row_loss, params, heads, logits_HCV, target_C, rows_C, scale_C, out)
-    return out
+        job.run()
+    return job.out
 
 
-def _run_blocks(
-    row_loss: RowLoss,
-    params: Sequence[float],
-    heads: Sequence[Head],
-    logits_HCV: Tensor,
-    target_C: Tensor | None,
-    rows_C: Tensor,
-    scale_C: Tensor,
-    out: LossRows,
-) -> None:
-    """Run the row function over a projected chunk and add its results to `out`.
+def logit_chunks(
+    head: Head, dtype: torch.dtype, backend: str, chunk_bytes: int
+) -> Iterator[tuple[slice, Logits]]:
+    """Yield one model's logits a chunk at a time, in memory that the next chunk takes."""
+    N, V, module = len(head.hidden_ND), head.vocab, _backends.load(backend)
+    C = max(1, min(N, chunk_bytes // (padded(V) * dtype.itemsize)))
+    buffer_CV = head.hidden_ND.new_empty(C, padded(V), dtype=dtype)
+    for start in range(0, N, C):
+        rows = slice(start, min(start + C, N))
+        logits_CV = buffer_CV[: rows.stop - start, :V]
+        head.project(rows, logits_CV)
+        yield rows, module.logits(logits_CV, head.bias(dtype), head.transform)
 
-    A dense gradient takes the place of the student's logits, block by block, so that the two
-    gradient products see the whole chunk.
+
+def kept_rows(row_weight_N: Tensor, all_rows: bool) -> Tensor | None:
+    """Return the rows that count, None for all; one synchronisation with the device, or none."""
+    return None if all_rows else row_weight_N.nonzero().squeeze(1)
+
+
+def head_gradients(
+    student: Head,
+    kept: tuple[Tensor, Tensor],
+    row_weight_N: Tensor,
+    upstream_N: Tensor,
+    needs: Needs,
+    plan: Plan,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of head and bias, in their dtypes, from the slab and ids that were kept.
+
+    `row_weight_N` is that of `run_chunks`; `upstream_N` weighs the rows that count.
     """
-    step = max(1, BLOCK_BYTES // max(1, logits_HCV[0, :1].nbytes))
-    need_gradient, dense = any(out.gradients.needs), False
-    for start in range(0, len(rows_C), step):
-        block = slice(start, start + step)
-        target_B = None if target_C is None else target_C[block]
-        result = _run_block(row_loss, params, heads, logits_HCV[:, block], target_B, need_gradient)
-        out.loss_N[rows_C[block]] = result.loss_C
-        for stat_N, stat_B in zip(out.stats_SN, result.stats, strict=True):
-            stat_N[rows_C[block]] = stat_B
-        if isinstance(result.gradient, SparseGradient):
-            out.gradients.add_sparse(rows_C[block], scale_C[block], result.gradient)
-        elif result.gradient is not None:
-            logits_HCV[0, block].copy_(result.gradient)
-            dense = True
-    if dense:
-        out.gradients.add_dense(rows_C, scale_C, logits_HCV[0])
+    slab, ids_NK = kept
+    hidden_MD, scale_M = student.hidden_ND, upstream_N * student.transform.factor
+    kept_M = kept_rows(row_weight_N, plan.all_rows)
+    if kept_M is not None:
+        # a row that was left out may hold anything, NaN too
+        hidden_MD, scale_M = hidden_MD[kept_M], scale_M[kept_M]
+    if ids_NK.numel() == 0:
+        gradient_MV = slab[: len(hidden_MD), : student.vocab]
+        return _dense_head_gradients(student, gradient_MV, hidden_MD, scale_M, needs)
+    backend, V = _backends.load(plan.backend), student.vocab
+    ids_MK, values_MK = (x if kept_M is None else x[kept_M] for x in (ids_NK, slab))
+    values_MK = values_MK * scale_M[:, None]
+    dw_VD, db_V = scale_M.new_empty(0), scale_M.new_empty(0)
+    if needs.weight and student.weight_VD is not None:
+        dw_VD = torch.zeros_like(student.weight_VD, memory_format=torch.contiguous_format)
+        backend.sparse_dw(values_MK, ids_MK, hidden_MD, dw_VD[:V])
+    if needs.bias and student.bias_V is not None:
+        db_V = torch.zeros_like(student.bias_V)
+        backend.sparse_dbias(values_MK, ids_MK, db_V[:V])
+    return dw_VD, db_V
 
 
-def _run_block(
-    row_loss: RowLoss,
-    params: Sequence[float],
-    heads: Sequence[Head],
-    logits_HBV: Tensor,
-    target_B: Tensor | None,
-    need_gradient: bool,
-) -> RowResult:
-    """Transform one block of raw logits, run the row function, apply the soft-cap's slope."""
-    for head, logits_BV in zip(heads, logits_HBV, strict=True):
-        head.transform.apply_(logits_BV)
-    student_BV, *teacher_BV = logits_HBV.unbind()
-    capped = need_gradient and heads[0].transform.softcap is not None
-    slope_BV = heads[0].transform.slope(student_BV) if capped else None
-    teacher = teacher_BV[0] if teacher_BV else None
-    result = row_loss.rows(student_BV, teacher, target_B, params, need_gradient=need_gradient)
-    gradient = result.gradient
-    if slope_BV is None or gradient is None:
-        return result
-    if isinstance(gradient, SparseGradient):
-        sloped = gradient.values_CK * slope_BV.gather(1, gradient.ids_CK)
-        return result._replace(gradient=gradient._replace(values_CK=sloped))
-    return result._replace(gradient=gradient.mul_(slope_BV))
+def _dense_head_gradients(
+    student: Head, gradient_MV: Tensor, hidden_MD: Tensor, scale_M: Tensor, needs: Needs
+) -> tuple[Tensor, Tensor]:
+    dw_VD, db_V = scale_M.new_empty(0), scale_M.new_empty(0)
+    if needs.weight and student.weight_VD is not None:
+        dtype = student.weight_VD.dtype
+        dw_VD = _products.weight_gradient(gradient_MV, hidden_MD, scale_M, dtype)
+        dw_VD = _unlimited(dw_VD, student.weight_VD)
+    if needs.bias and student.bias_V is not None:
+        total_V = scale_M.new_zeros(student.vocab)
+        _products.add_bias_gradient(gradient_MV, scale_M, total_V)
+        db_V = _unlimited(total_V.to(student.bias_V.dtype), student.bias_V)
+    return dw_VD, db_V
+
+
+def _unlimited(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Add zeros for ids beyond the vocabulary limit."""
+    missing = len(parameter) - len(gradient)
+    if missing == 0:
+        return gradient
+    return torch.cat([gradient, gradient.new_zeros(missing, *gradient.shape[1:])])
+
+
+class _Job:
+    """One call of the driver: inputs, buffers, results."""
+
+    def __init__(
+        self,
+        student: Head,
+        teacher: Head | TopK | None,
+        target_N: Tensor | None,
+        row_weight_N: Tensor,
+        loss: str,
+        params: Sequence[float],
+        needs: Needs,
+        plan: Plan,
+    ) -> None:
+        self.student, self.teacher, self.target_N = student, teacher, target_N
+        self.row_weight_N, self.params, self.needs, self.plan = row_weight_N, params, needs, plan
+        self.dtype, self.loss = row_weight_N.dtype, ROW_LOSSES[loss]
+        self.function = _backends.row_function(loss, plan.backend)
+        self.backend = _backends.load(plan.backend)
+        self.sizes = _backends.sizes(plan.backend, row_weight_N.device.type)
+        self.heads = [head for head in (student, teacher) if isinstance(head, Head)]
+        self.sparse = self.loss.width is not None
+        self.sums = plan.weigh and (needs.weight or needs.bias)
+        assert not (self.sums and self.sparse), "sparse gradients are kept, not summed"
+        keeps = keeps_slab(*student[:2], loss, needs, plan.backend)
+        self.keeps = not plan.weigh and keeps
+        self.gradient_dtype = gradient_dtype(student, plan.backend, self.dtype)
+        self.kept_M = kept_rows(row_weight_N, plan.all_rows)
+        self.M = len(row_weight_N) if self.kept_M is None else len(self.kept_M)
+        self.out = self._results(slab_shape(student, teacher, loss, params))
+
+    def _results(self, slab_shape: tuple[int, int]) -> LossRows:
+        """Allocate zeros: rows left out and ids nobody touches keep them."""
+        new, N, student = self.row_weight_N.new_zeros, len(self.row_weight_N), self.student
+
+        def like(parameter: Tensor | None, wanted: bool) -> Tensor:
+            return new(parameter.shape if wanted and parameter is not None else 0)
+
+        slab, ids = new(0), new(0, dtype=torch.int64)
+        if self.keeps and self.sparse:
+            slab, ids = new(slab_shape), new(slab_shape, dtype=torch.int64)
+        elif self.keeps:
+            # only rows that were written are read
+            slab = self.row_weight_N.new_empty(slab_shape, dtype=self.gradient_dtype)
+        return LossRows(
+            new(N),
+            new(len(self.loss.stats), N),
+            like(student.hidden_ND, self.needs.hidden),
+            like(student.weight_VD, self.sums and self.needs.weight),
+            like(student.bias_V, self.sums and self.needs.bias),
+            slab,
+            ids,
+        )
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """Return a range of the rows that count."""
+        return slice(start, stop) if self.kept_M is None else self.kept_M[start:stop]
+
+    def run(self) -> None:
+        """Go through the slabs, and the chunks of each."""
+        width = padded(self.student.vocab) * len(self.heads)
+        if self.loss.gathers and isinstance(self.teacher, TopK):
+            width = self.teacher.ids.shape[1]
+        most = max(1, self.plan.chunk_bytes // (width * self.dtype.itemsize))
+        # of even size: a short last chunk would read the whole head for a few rows
+        C = max(1, -(-self.M // max(1, -(-self.M // most))))
+        buffer = self.row_weight_N.new_empty(0 if self.loss.gathers else C * width)
+        G, slab_GV = self._slab(C)
+        for first in range(0, self.M, G):
+            last = min(first + G, self.M)
+            parts = -(-(last - first) // C)
+            bounds = [first + (last - first) * i // parts for i in range(parts + 1)]
+            for start, stop in pairwise(bounds):
+                place_CV = None if slab_GV is None else slab_GV[start - first : stop - first]
+                self._run_chunk(start, stop, buffer, place_CV)
+            if slab_GV is not None:
+                self._add_dense(self.rows(first, last), slab_GV[: last - first])
+
+    def _slab(self, C: int) -> tuple[int, Tensor | None]:
+        """Return the rows of a slab and its memory; None: gradients go over their logits."""
+        if self.keeps and not self.sparse:
+            return max(1, self.M), self.out.slab_NV
+        row_bytes = padded(self.student.vocab) * self.gradient_dtype.itemsize
+        chunks = self.sizes.slab_bytes // (C * row_bytes)
+        if not self.sums or chunks < 2 or self.student.weight_VD is None:
+            return C, None
+        G = min(chunks * C, max(1, self.M))
+        return G, self.row_weight_N.new_empty(
+            G, padded(self.student.vocab), dtype=self.gradient_dtype
+        )
+
+    def _run_chunk(self, start: int, stop: int, buffer: Tensor, place_CV: Tensor | None) -> None:
+        """Project a chunk, run the row function over its blocks, use an in-place gradient."""
+        rows, C, V = self.rows(start, stop), stop - start, self.student.vocab
+        logits_HCV = buffer[: len(self.heads) * C * padded(V)].view(-1, C, padded(V))[..., :V]
+        if not self.loss.gathers:
+            self._project(rows, logits_HCV)
+        in_place = any(self.needs) and not self.sparse and place_CV is None
+        if in_place:
+            # a 16-bit gradient begins where its row of logits does
+            place_CV = logits_HCV[0].view(self.gradient_dtype)
+        B = C if self.loss.gathers else max(1, self.sizes.block_bytes // (V * self.dtype.itemsize))
+        for at in range(0, C, B):
+            block = slice(at, min(at + B, C))
+            where = self.rows(start + at, start + block.stop)
+            chunk = Chunk(
+                *self._sides(where, logits_HCV[:, block]),
+                None if self.target_N is None else self.target_N[where].long(),
+                None if place_CV is None else place_CV[block, :V],
+                any(self.needs),
+            )
+            self._write(where, self.function(chunk, self.params))
+        if in_place and place_CV is not None:
+            self._add_dense(rows, place_CV)
+
+    def _project(self, rows: Rows, logits_HCV: Tensor) -> None:
+        """Write the raw logits of both models, by one product if they share the head."""
+        if len(self.heads) == 2 and _same_weight(*self.heads):
+            hidden_HCD = torch.cat([head.hidden_ND[rows] for head in self.heads])
+            _products.project(hidden_HCD, self.student.weight(), logits_HCV.flatten(0, 1))
+            return
+        for head, logits_CV in zip(self.heads, logits_HCV, strict=True):
+            head.project(rows, logits_CV)
+
+    def _sides(self, rows: Rows, logits_HBV: Tensor) -> tuple[Logits, Logits | TopK | None]:
+        """Return what the row function sees of student and teacher."""
+        teacher, student = self.teacher, self.student
+        stored = None
+        if isinstance(teacher, TopK):
+            stored = TopK(teacher.ids[rows], teacher.values[rows].to(self.dtype))
+        if self.loss.gathers:
+            dot, x_CD = self.backend.gather_dot, student.hidden_ND[rows]
+            operands = x_CD, student.weight_VD, student.bias(self.dtype), student.transform
+            return cast(Logits, Gathered(dot, *operands)), stored
+        pupil, *tutor = (
+            self.backend.logits(logits_BV, head.bias(self.dtype), head.transform)
+            for head, logits_BV in zip(self.heads, logits_HBV, strict=True)
+        )
+        return pupil, tutor[0] if tutor else stored
+
+    def _write(self, rows: Rows, result: RowResult) -> None:
+        """Put the results of some rows in their place."""
+        self.out.loss_N[rows] = result.loss_C
+        for stat_N, stat_C in zip(self.out.stats_SN, result.stats, strict=True):
+            stat_N[rows] = stat_C
+        if result.sparse is not None:
+            self._add_sparse(rows, result.sparse)
+
+    def _add_dense(self, rows: Rows, gradient_CV: Tensor) -> None:
+        """Multiply a finished gradient of logits into dX, and into the sums."""
+        student, factor = self.student, self.student.transform.factor
+        gradient_CV = gradient_CV[:, : student.vocab]
+        if student.weight_VD is None:
+            self.out.hidden_ND[rows, : student.vocab] = gradient_CV * factor
+            return
+        if self.needs.hidden:
+            dx_CD = _products.hidden_gradient(gradient_CV, student.weight(), self.dtype)
+            self.out.hidden_ND[rows] = dx_CD.mul_(factor)
+        scale_C = self.row_weight_N[rows] * factor
+        if self.sums and self.needs.weight:
+            operands = gradient_CV, student.hidden_ND[rows], scale_C
+            _products.add_weight_gradient(*operands, self.out.weight_VD[: student.vocab])
+        if self.sums and self.needs.bias:
+            _products.add_bias_gradient(gradient_CV, scale_C, self.out.bias_V[: student.vocab])
+
+    def _add_sparse(self, rows: Rows, sparse: SparseGradient) -> None:
+        """Multiply the sparse gradient of some rows' logits into dX, and keep it for the head."""
+        student, factor = self.student, self.student.transform.factor
+        ids_CK, values_CK = sparse
+        if student.weight_VD is None:
+            dlogits_CV = values_CK.new_zeros(len(ids_CK), student.hidden_ND.shape[1])
+            self.out.hidden_ND[rows] = dlogits_CV.scatter_add_(1, ids_CK, values_CK * factor)
+        elif self.needs.hidden:
+            dx_CD = values_CK.new_empty(len(ids_CK), student.hidden_ND.shape[1])
+            self.backend.sparse_dx(values_CK * factor, ids_CK, student.weight(), dx_CD)
+            self.out.hidden_ND[rows] = dx_CD
+        if self.keeps:
+            self.out.slab_NV[rows], self.out.ids_NK[rows] = values_CK, ids_CK
+
+
+def _same_weight(one: Head, other: Head) -> bool:
+    """Tell whether both heads read the same memory; two tensors may."""
+    a, b = one.weight_VD, other.weight_VD
+    if a is None or b is None or one.hidden_ND.dtype != other.hidden_ND.dtype:
+        return False
+    return (a.data_ptr(), a.stride(), a.dtype, one.vocab) == (
+        *(b.data_ptr(), b.stride(), b.dtype, other.vocab),
+    )

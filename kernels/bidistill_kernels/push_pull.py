@@ -16,8 +16,11 @@ masked in both models (-inf) is absent, one masked in the student is not pushed;
 teacher alone has infinite loss and the gradient of a large u. All readings but "bounded" have a
 gradient on the chosen ids only, so that no dense gradient is formed; "bounded" works on
 probabilities and reaches the whole vocabulary.
-Elements of a block: two top-k passes and two counts. Derivation: kernels/README.md#push-pull.
-Shapes: N tokens, C rows of a block, V vocabulary, K ids, D and E widths of student and teacher.
+The teacher may be stored: `TopK` of its best ids and final logits, where -inf marks an absent
+entry: its id is not pulled and may be pushed. "hinge" and "match" then cannot push.
+Elements of a block: two top-k passes; "bounded" one log-sum-exp and one exp of the vocabulary
+more. Derivation: kernels/README.md#push-pull.
+Shapes: N tokens, C rows of a chunk, V vocabulary, K ids, D and E widths of student and teacher.
 """
 
 from collections.abc import Sequence
@@ -29,6 +32,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from typing_extensions import Unpack
 
+from bidistill_kernels._bounded import Bounded, push_bounded
 from bidistill_kernels._checks import check_choice, check_number
 from bidistill_kernels._loss import (
     LinearPairOptions,
@@ -37,25 +41,18 @@ from bidistill_kernels._loss import (
     PairOptions,
     fused_loss,
 )
-from bidistill_kernels._rows import RowFunction, RowResult, SparseGradient, row_function
+from bidistill_kernels._rows import (
+    Chunk,
+    Logits,
+    RowFunction,
+    RowResult,
+    SparseGradient,
+    TopK,
+    row_function,
+)
+from bidistill_kernels._stored import Stored
 
 Reading: TypeAlias = Literal["hinge", "match", "suppress", "bounded"]
-
-
-def top_ids(logits: Float[Tensor, "N V"], k: int) -> Integer[Tensor, "N K"]:
-    """Return the ids of the K = min(k, V) largest logits of each row, lowest id first on ties.
-
-    Example:
-        >>> import torch
-        >>> top_ids(torch.tensor([[1.0, 0.0, 1.0, 1.0]]), 2)
-        tensor([[0, 2]])
-    """
-    k = min(k, logits.shape[-1])
-    values, ids = logits.topk(k)
-    # topk may keep any of the ids that tie for the last place: such rows, rare in fp32, are sorted
-    tied = ((logits >= values[:, -1:]).sum(-1) > k).nonzero().squeeze(1)
-    ids[tied] = logits[tied].sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    return ids
 
 
 def push_pull_reference(
@@ -100,9 +97,8 @@ def push_pull_reference(
     return pull + push_weight * push
 
 
-def _difference(student_logits_CV: Tensor, teacher_logits_CV: Tensor, ids_CK: Tensor) -> Tensor:
-    """Student minus teacher at the given ids; 0 where both rule the id out (-inf - -inf = NaN)."""
-    s_CK, t_CK = student_logits_CV.gather(1, ids_CK), teacher_logits_CV.gather(1, ids_CK)
+def _difference(s_CK: Tensor, t_CK: Tensor) -> Tensor:
+    """Student minus teacher; 0 where both rule the id out (-inf - -inf = NaN)."""
     return (s_CK - t_CK).masked_fill_(s_CK.isneginf() & t_CK.isneginf(), 0)
 
 
@@ -112,144 +108,173 @@ def _huber(u_CK: Tensor, delta: float) -> tuple[Tensor, Tensor]:
     return loss_CK.sum(-1), u_CK.clamp(-delta, delta)
 
 
-class Choice(NamedTuple):
-    """Ids that a block pulls and pushes."""
+class Part(NamedTuple):
+    """Loss of each row at some ids, and its derivative there."""
 
-    pull_ids_CK: Tensor  # teacher's top ids
-    push_ids_CK: Tensor  # student's top ids
-    liked_CK: Tensor  # of the latter, those the student gives any probability
+    ids_CK: Tensor
+    s_CK: Tensor  # student's final logits
+    loss_C: Tensor
+    values_CK: Tensor
+
+
+def _stored(teacher: Logits | TopK, k: int) -> Stored:
+    """The teacher's k best ids and final logits."""
+    if isinstance(teacher, TopK):
+        return Stored.read(TopK(teacher.ids[:, :k], teacher.values[:, :k]))
+    ids_CK = teacher.top(k)
+    return Stored.whole(ids_CK, teacher.at(ids_CK))
+
+
+def _pull(student: Logits, stored: Stored, delta: float) -> Part:
+    s_CK = student.at(stored.ids_CK)
+    u_CK = _difference(s_CK, stored.values_CK.to(s_CK.dtype)).masked_fill_(stored.absent_CK, 0)
+    return Part(stored.ids_CK, s_CK, *_huber(u_CK, delta))
+
+
+class Liked(NamedTuple):
+    """The student's best ids."""
+
+    ids_CK: Tensor
+    s_CK: Tensor
+    any_CK: Tensor  # those the student gives any probability
     own_CK: Tensor  # of these, those that are not pulled
 
 
-def _choose(
-    student_logits_CV: Tensor, teacher_logits_CV: Tensor, k_pull: int, k_push: int
-) -> Choice:
-    pull_ids_CK = top_ids(teacher_logits_CV, k_pull)
-    push_ids_CK = top_ids(student_logits_CV, k_push)
-    liked_CK = ~student_logits_CV.gather(1, push_ids_CK).isneginf()
-    shared_CK = (push_ids_CK[:, :, None] == pull_ids_CK[:, None, :]).any(-1)
-    return Choice(pull_ids_CK, push_ids_CK, liked_CK, liked_CK & ~shared_CK)
+def _liked(student: Logits, stored: Stored, k: int) -> Liked:
+    ids_CK = student.top(k)
+    s_CK = student.at(ids_CK)
+    any_CK = ~s_CK.isneginf()
+    # no id is -1
+    pulled_CK = stored.ids_CK.masked_fill(stored.absent_CK, -1)
+    shared_CK = (ids_CK[:, :, None] == pulled_CK[:, None, :]).any(-1)
+    return Liked(ids_CK, s_CK, any_CK, any_CK & ~shared_CK)
 
 
-class Push(NamedTuple):
-    """Push term of a block: loss, derivative at the pushed ids, and elsewhere if it has any."""
-
-    loss_C: Tensor
-    values_CK: Tensor
-    dense_CV: Tensor | None = None
-
-
-def _push_raw(
-    reading: Reading,
-    student_logits_CV: Tensor,
-    teacher_logits_CV: Tensor,
-    choice: Choice,
-    margin: float,
-    delta: float,
-) -> Push:
+def _push_raw(reading: Reading, liked: Liked, chunk: Chunk, margin: float, delta: float) -> Part:
     """Readings on raw logits: the gradient sits on the pushed ids alone."""
+    ids_CK, s_CK, any_CK, own_CK = liked
     if reading == "suppress":
-        s_CK = student_logits_CV.gather(1, choice.push_ids_CK)
-        pushed_CK = choice.own_CK
-        return Push(s_CK.masked_fill(~pushed_CK, 0).sum(-1), pushed_CK.to(s_CK.dtype))
-    u_CK = _difference(student_logits_CV, teacher_logits_CV, choice.push_ids_CK)
+        loss_C = s_CK.masked_fill(~own_CK, 0).sum(-1)
+        return Part(ids_CK, s_CK, loss_C, own_CK.to(s_CK.dtype))
+    assert chunk.teacher is not None
+    assert not isinstance(chunk.teacher, TopK)
+    u_CK = _difference(s_CK, chunk.teacher.at(ids_CK))
     if reading == "match":
-        return Push(*_huber(u_CK.masked_fill(~choice.liked_CK, 0), delta))
-    return Push(*_huber((u_CK - margin).relu().masked_fill(~choice.own_CK, 0), delta))
+        return Part(ids_CK, s_CK, *_huber(u_CK.masked_fill(~any_CK, 0), delta))
+    return Part(ids_CK, s_CK, *_huber((u_CK - margin).relu().masked_fill(~own_CK, 0), delta))
 
 
-def _push_bounded(student_logits_CV: Tensor, choice: Choice) -> Push:
-    """-log(1 - p_j) of the pushed ids; overwrites the student's logits with the dense part.
+def _write_bounded(
+    chunk: Chunk, pull: Part, source_CK: Tensor, liked: Liked, push: Bounded, weight: float
+) -> None:
+    """Write the gradient of pull + weight * push: everywhere, then at the chosen ids.
 
-    With odds q_j = p_j / (1 - p_j): d/ds_i = q_i [i pushed] - p_i sum_j q_j. Only the top id can
-    have p > 1/2; its 1 - p is summed from the others and its own odds are never formed, so that
-    nothing overflows where the student is certain.
+    These are written and not added to, formed in full precision: a 16-bit sum would round twice.
     """
-    pushed_CK, ids_CK = choice.own_CK, choice.push_ids_CK
-    s_CK = student_logits_CV.gather(1, ids_CK)
-    top_C1, top_id_C1 = student_logits_CV.max(-1, keepdim=True)
-    rest_CV = student_logits_CV.scatter_(1, top_id_C1, -torch.inf)
-    log_rest_C1 = rest_CV.logsumexp(-1, keepdim=True)
-    lse_C1 = torch.logaddexp(top_C1, log_rest_C1)
-    is_top_CK = ids_CK == top_id_C1
-    p_CK, p_top_C1 = (s_CK - lse_C1).exp(), (top_C1 - lse_C1).exp()
-    log_not_p_CK = torch.log1p(-p_CK.masked_fill(is_top_CK, 0))
-    log_not_p_CK = torch.where(is_top_CK, log_rest_C1 - lse_C1, log_not_p_CK)
-    loss_C = -log_not_p_CK.masked_fill(~pushed_CK, 0).sum(-1)
-
-    q_CK = (p_CK / (1 - p_CK.masked_fill(is_top_CK, 0))).masked_fill(~pushed_CK, 0)
-    q_sum_C1 = q_CK.masked_fill(is_top_CK, 0).sum(-1, keepdim=True)
-    top_pushed_C1 = (pushed_CK & is_top_CK).any(-1, keepdim=True)
-    # p_i / (1 - p_top) is a softmax over the rest: p_i * q_top = that * p_top
-    factor_C1 = top_pushed_C1 * p_top_C1 + (log_rest_C1 - lse_C1).exp() * q_sum_C1
-    # the others may all be ruled out: -inf - -inf would be NaN
-    log_rest_C1.clamp_(min=torch.finfo(s_CK.dtype).min)
-    dense_CV = rest_CV.sub_(log_rest_C1).exp_().mul_(-factor_C1)
-    dense_CV.scatter_(1, top_id_C1, -p_top_C1 * q_sum_C1)
-    return Push(loss_C, q_CK, dense_CV)
+    student, gradient_CV = chunk.student, chunk.gradient_CV
+    assert gradient_CV is not None
+    push.write_others(student, weight, gradient_CV)
+    pulled_CK = pull.values_CK + weight * push.others(pull.ids_CK, pull.s_CK)
+    pulled_CK = student.chain(pulled_CK, pull.s_CK).gather(1, source_CK)
+    gradient_CV.scatter_(1, pull.ids_CK, pulled_CK.to(gradient_CV.dtype))
+    pushed_CK = weight * (push.q_CK + push.others(liked.ids_CK, liked.s_CK))
+    pushed_CK = student.chain(pushed_CK, liked.s_CK).to(gradient_CV.dtype)
+    # the student's other ids keep what they have
+    kept_CK = gradient_CV.gather(1, liked.ids_CK)
+    gradient_CV.scatter_(1, liked.ids_CK, torch.where(liked.own_CK, pushed_CK, kept_CK))
 
 
-def _row_function(reading: Reading) -> RowFunction:
-    def rows(
-        student_logits_CV: Tensor,
-        teacher_logits_CV: Tensor | None,
-        target_C: Tensor | None,
-        params: Sequence[float],
-        *,
-        need_gradient: bool,
-    ) -> RowResult:
-        assert teacher_logits_CV is not None
+def _row_function(reading: Reading | None) -> RowFunction:
+    """Row function of a reading; None: the pull alone."""
+
+    def rows(chunk: Chunk, params: Sequence[float]) -> RowResult:
+        student, teacher = chunk.student, chunk.teacher
+        assert teacher is not None
         k_pull, k_push, push_weight, margin, delta = params
-        logits = student_logits_CV, teacher_logits_CV
-        choice = _choose(*logits, int(k_pull), int(k_push))
-        loss_C, values_CK = _huber(_difference(*logits, choice.pull_ids_CK), delta)
-        ids_CK, dense_CV = choice.pull_ids_CK, None
-        if push_weight:
-            bounded = reading == "bounded"
-            push = (
-                _push_bounded(student_logits_CV, choice)
-                if bounded
-                else _push_raw(reading, *logits, choice, margin, delta)
-            )
+        stored = _stored(teacher, int(k_pull))
+        pull = _pull(student, stored, delta)
+        parts, loss_C = [pull], pull.loss_C
+        if reading is not None:
+            liked = _liked(student, stored, int(k_push))
+            if reading == "bounded":
+                push = push_bounded(student, liked.ids_CK, liked.s_CK, liked.own_CK)
+                if chunk.need_gradient:
+                    _write_bounded(chunk, pull, stored.source_CK, liked, push, push_weight)
+                return RowResult(loss_C + push_weight * push.loss_C)
+            push = _push_raw(reading, liked, chunk, margin, delta)
             loss_C = loss_C + push_weight * push.loss_C
-            ids_CK = torch.cat([ids_CK, choice.push_ids_CK], dim=1)
-            values_CK = torch.cat([values_CK, push_weight * push.values_CK], dim=1)
-            dense_CV = push.dense_CV
-        if not need_gradient:
-            return RowResult(loss_C, None)
-        if dense_CV is None:
-            return RowResult(loss_C, SparseGradient(ids_CK, values_CK))
-        gradient_CV = dense_CV.mul_(push_weight).scatter_add_(1, ids_CK, values_CK)
-        return RowResult(loss_C, gradient_CV)
+            parts.append(push._replace(values_CK=push_weight * push.values_CK))
+        if not chunk.need_gradient:
+            return RowResult(loss_C)
+        values = [student.chain(part.values_CK, part.s_CK) for part in parts]
+        ids_CK = torch.cat([part.ids_CK for part in parts], dim=1)
+        return RowResult(loss_C, sparse=SparseGradient(ids_CK, torch.cat(values, dim=1)))
 
     return rows
 
 
+def _pulled(params: Sequence[float], V: int, K: int) -> int:
+    """Ids that a row pulls; a stored teacher has no more than its K."""
+    return min(int(params[0]), K or V)
+
+
+def _pulled_and_pushed(params: Sequence[float], V: int, K: int) -> int:
+    return _pulled(params, V, K) + min(int(params[1]), V)
+
+
 for _reading in get_args(Reading):
-    row_function(f"push_pull_{_reading}")(_row_function(_reading))
+    _width = None if _reading == "bounded" else _pulled_and_pushed
+    row_function(f"push_pull_{_reading}", width=_width)(_row_function(_reading))
+row_function("pull", width=_pulled)(_row_function(None))
+# to a stored teacher: no logits but those at its ids are computed
+row_function("pull_stored", width=_pulled, gathers=True)(_row_function(None))
 
 
-def _name(reading: Reading) -> str:
+class Call(NamedTuple):
+    """What the public functions pass on: name and numbers of a row function."""
+
+    name: str
+    params: list[float]
+
+
+def _call(
+    teacher: Tensor | TopK,
+    k_pull: int,
+    k_push: int,
+    push_weight: float,
+    margin: float,
+    delta: float,
+    reading: Reading,
+) -> Call:
     check_choice("reading", reading, get_args(Reading))
-    return f"push_pull_{reading}"
-
-
-def _params(
-    k_pull: int, k_push: int, push_weight: float, margin: float, delta: float
-) -> list[float]:
     check_number("k_pull", k_pull, 1, whole=True)
     check_number("k_push", k_push, 1, whole=True)
     check_number("push_weight", push_weight, 0)
     check_number("margin", margin, 0)
     check_number("delta", delta, 0, open_ends=True)
-    return [float(x) for x in (k_pull, k_push, push_weight, margin, delta)]
+    params = [float(x) for x in (k_pull, k_push, push_weight, margin, delta)]
+    stored = isinstance(teacher, TopK)
+    if stored and isinstance(teacher.ids, Tensor) and k_pull > teacher.ids.shape[-1]:
+        raise ValueError(
+            f"k_pull: got {k_pull}, expected at most the {teacher.ids.shape[-1]} ids that the "
+            "teacher's TopK stores; store more, or pull fewer"
+        )
+    if not push_weight:
+        return Call("pull_stored" if stored else "pull", params)
+    if stored and reading in ("hinge", "match"):
+        raise ValueError(
+            f"reading: got {reading!r}, which compares the student's own ids with the teacher's "
+            "logits there, and a TopK does not hold these; expected 'suppress' or 'bounded'; "
+            "or pass push_weight=0, or the teacher's hidden states and head"
+        )
+    return Call(f"push_pull_{reading}", params)
 
 
 def linear_push_pull(
     student_hidden: Float[Tensor, "N D"],
     student_weight: Float[Tensor, "V D"],
-    teacher_hidden: Float[Tensor, "N E"],
-    teacher_weight: Float[Tensor, "V E"],
+    teacher_hidden: Float[Tensor, "N E"] | TopK,
+    teacher_weight: Float[Tensor, "V E"] | None,
     target: Integer[Tensor, "N"] | None = None,
     *,
     k_pull: int = 10,
@@ -268,10 +293,13 @@ def linear_push_pull(
     Args:
         student_hidden: last hidden states, any float type.
         student_weight: weight of the student's LM head.
-        teacher_hidden: the teacher's hidden states of the same tokens.
-        teacher_weight: weight of the teacher's head; may be the student's.
+        teacher_hidden: the teacher's hidden states of the same tokens; or `TopK` of its best ids,
+            different within a row and best first, and its final logits there (-inf: an absent
+            entry), for push_weight=0 and the readings "suppress" and "bounded".
+        teacher_weight: weight of the teacher's head; may be the student's; None for a `TopK`.
         target: token ids; only marks ignored rows.
-        k_pull: number of the teacher's ids to imitate; more than the vocabulary means all.
+        k_pull: number of the teacher's ids to imitate; more than the vocabulary means all; of a
+            `TopK` at most as many as it stores.
         k_push: number of the student's ids looked at for the push.
         push_weight: weight of the push term; 0 is DUET's loss.
         margin: excess over the teacher that "hinge" leaves alone, in logits.
@@ -302,14 +330,20 @@ def linear_push_pull(
         >>> linear_push_pull(student, torch.eye(2), teacher, torch.eye(2), k_pull=1, k_push=1)
         tensor(3.)
     """
-    params = _params(k_pull, k_push, push_weight, margin, delta)
+    if isinstance(teacher_hidden, TopK) != (teacher_weight is None):
+        kind = "a TopK" if isinstance(teacher_hidden, TopK) else "hidden states"
+        raise TypeError(
+            f"teacher_weight: got {'None' if teacher_weight is None else 'one'} with {kind}, "
+            "expected None with a TopK and the head's weight with hidden states"
+        )
+    name, params = _call(teacher_hidden, k_pull, k_push, push_weight, margin, delta, reading)
     sides = (student_hidden, student_weight), (teacher_hidden, teacher_weight)
-    return fused_loss(_name(reading), params, *sides, target, **options)
+    return fused_loss(name, params, *sides, target, **options)
 
 
 def push_pull(
     student_logits: Float[Tensor, "N V"],
-    teacher_logits: Float[Tensor, "N V"],
+    teacher_logits: Float[Tensor, "N V"] | TopK,
     target: Integer[Tensor, "N"] | None = None,
     *,
     k_pull: int = 10,
@@ -324,7 +358,7 @@ def push_pull(
 
     Args:
         student_logits: raw logits, any float type; not modified.
-        teacher_logits: raw logits of the teacher.
+        teacher_logits: raw logits of the teacher, or `TopK` of its best ids and final logits.
         target: token ids; only marks ignored rows.
         k_pull: number of the teacher's ids to imitate.
         k_push: number of the student's ids looked at for the push.
@@ -343,9 +377,9 @@ def push_pull(
         >>> push_pull(student, teacher, k_pull=1, k_push=1)
         tensor(3.)
     """
-    params = _params(k_pull, k_push, push_weight, margin, delta)
+    name, params = _call(teacher_logits, k_pull, k_push, push_weight, margin, delta, reading)
     sides = (student_logits, None), (teacher_logits, None)
-    return fused_loss(_name(reading), params, *sides, target, **options)
+    return fused_loss(name, params, *sides, target, **options)
 
 
 class LinearPushPull(LossModule):

@@ -36,7 +36,7 @@ class LogitTransform:
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no transform."""
-        if not math.isfinite(self.scale) or self.scale == 0:
+        if not 0 < abs(self.scale) < math.inf:
             raise ValueError(f"scale: got {self.scale}, expected a finite number other than 0")
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(

@@ -12,6 +12,9 @@ from torch import Tensor
 
 import bidistill_kernels as bk
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BACKENDS = ("torch", "triton")
+
 
 class Case(NamedTuple):
     """One loss with one set of options."""
@@ -39,6 +42,7 @@ CASES = {
     "match": _push_pull("match", delta=2.0),
     "suppress": _push_pull("suppress"),
     "bounded": _push_pull("bounded"),
+    "bild": Case(bk.linear_bild, bk.bild, bk.bild_reference, {"k": 5}),
     "cross_entropy": Case(
         bk.linear_cross_entropy, bk.cross_entropy, bk.cross_entropy_reference, {}, False
     ),
@@ -74,7 +78,7 @@ def make_inputs(
     y, v = (x + 0.02 * randn(N, D), w) if near else (randn(N, E), randn(V, E) * 4 / E**0.5)
     target = torch.randint(V, (N,), generator=g)
     target[1:][torch.rand(N - 1, generator=g) < 0.15] = -100
-    return Inputs(x.double(), w.double(), y.double(), v.double(), target)
+    return Inputs(*(tensor.double().to(DEVICE) for tensor in (x, w, y, v)), target.to(DEVICE))
 
 
 def fused(case: Case, inputs: Inputs, **options: Any) -> Any:

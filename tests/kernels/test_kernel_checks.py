@@ -11,6 +11,7 @@ from bidistill_kernels import LogitTransform
 
 x, w, y, v = torch.randn(4, 3), torch.randn(9, 3), torch.randn(4, 2), torch.randn(9, 2)
 target = torch.zeros(4, dtype=torch.int64)
+ids = torch.arange(8).view(4, 2)
 trained = torch.randn(9, 2, requires_grad=True)
 
 
@@ -25,6 +26,10 @@ def jsd(**options: Any):
 
 def push_pull(**options: Any):
     return bk.linear_push_pull(x, w, y, v, **options)
+
+
+def stored(ids: Any = ids, values: Any = y):
+    return bk.linear_topk_kl(x, w, bk.TopK(ids, values))
 
 
 def cross_entropy(**options: Any):
@@ -59,7 +64,15 @@ REJECTED = {
     "reduction": (lambda: kl(reduction="avg"), ValueError, "'avg', expected one of 'mean'"),
     "num_items": (lambda: kl(reduction="sum", num_items=3), ValueError, "num_items: .*'sum'"),
     "chunk_bytes": (lambda: kl(chunk_bytes=0), ValueError, "chunk_bytes: got 0"),
-    "triton": (lambda: kl(backend="triton"), ValueError, "backend: got 'triton'.*'auto'"),
+    "triton in fp64": (
+        lambda: kl(*(t.double() for t in (x, w, y, v)), backend="triton"),
+        ValueError,
+        "backend: got 'triton', which (computes in float32|is not installed).*'auto'",
+    ),
+    "stored shape": (lambda: stored(values=y[:, :1]), ValueError, r"teacher.values: .*\(4, 2\)"),
+    "stored rows": (lambda: stored(ids=ids[:3]), ValueError, r"teacher.ids: .*\(4, K\)"),
+    "stored dtype": (lambda: stored(ids=ids.int()), TypeError, r"teacher.ids: .*int64"),
+    "stored values": (lambda: stored(values=ids), TypeError, r"teacher.values: .*float"),
     "native": (lambda: kl(backend="native"), ValueError, "backend: got 'native'.*'auto'"),
     "backend": (lambda: kl(backend="cuda"), ValueError, "backend: got 'cuda', expected one of"),
     "negative": (lambda: kl(forward=-1), ValueError, "forward: got -1"),

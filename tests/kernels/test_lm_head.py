@@ -11,11 +11,23 @@ from hypothesis import strategies as st
 
 from bidistill_kernels import (
     LogitTransform,
+    _backends,
+    _products,
     bidirectional_kl,
     bidirectional_kl_reference,
     lm_head,
 )
-from tests.kernels.cases import CASES, Inputs, eager, fused, gradients, make_inputs
+from tests.kernels.cases import (
+    BACKENDS,
+    CASES,
+    DEVICE,
+    Inputs,
+    eager,
+    fused,
+    gradients,
+    make_inputs,
+    reference_rows,
+)
 from tests.support import assert_close
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -37,7 +49,7 @@ def check(case, inputs, dtype, **options):
         (rounded.to(own_dtype), lambda x: eager(case, x)),
     ):
         rows = run(x)
-        upstream = torch.linspace(0.5, 1.5, len(rows)).double()
+        upstream = torch.linspace(0.5, 1.5, len(rows), dtype=torch.float64, device=rows.device)
         results.append((rows, *gradients(rows, x, upstream)))
     for name, actual, expected64, own in zip(("loss", "dX", "dW"), *results, strict=True):
         # what float64 rounds to when the answer is 0, with a vocabulary of one id
@@ -47,45 +59,138 @@ def check(case, inputs, dtype, **options):
 
 @each_case
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_reference(case, shape):
-    check(case, make_inputs(*shape), torch.float32)
+def test_matches_reference(case, shape, backend):
+    check(case, make_inputs(*shape), torch.float32, backend=backend)
 
 
 @each_case
-def test_matches_reference_near(case):
-    check(case, make_inputs(7, 1423, near=True), torch.float32)
+def test_matches_reference_near(case, backend):
+    check(case, make_inputs(7, 1423, near=True), torch.float32, backend=backend)
 
 
 @each_kind
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_matches_reference_in_other_dtypes(case, dtype, monkeypatch):
-    monkeypatch.setattr(lm_head, "SLAB_ROWS", 500)
-    check(case, make_inputs(7, 1423), dtype, chunk_bytes=3 * 8 * 1423)
+def test_matches_reference_in_other_dtypes(case, dtype, backend, monkeypatch):
+    monkeypatch.setattr(_products, "SLAB_ROWS", 500)
+    if backend == "triton" and dtype == torch.float64:
+        with pytest.raises(ValueError, match="computes in float32"):
+            fused(case, make_inputs(7, 1423), backend=backend)
+        return
+    check(case, make_inputs(7, 1423), dtype, chunk_bytes=3 * 8 * 1423, backend=backend)
+
+
+# slab_bytes of the back-end, reduction: what happens to the gradient of the logits
+SLABS = {
+    "kept": (1 << 30, "mean"),
+    "kept, none": (1 << 30, "none"),
+    "summed slab by slab": (7 * 2 * 2 * 304, "sum"),
+    "recomputed": (7 * 2 * 2 * 304, "none"),
+    "summed chunk by chunk": (0, "mean"),
+}
+
+
+@pytest.mark.parametrize("name", ["kl_and_ce", "jsd", "bounded", "cross_entropy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("slab_bytes", "reduction"), SLABS.values(), ids=SLABS)
+def test_every_way_of_the_logit_gradient(name, dtype, slab_bytes, reduction, backend, monkeypatch):
+    """300 ids of which 290 take part, several chunks and slabs, ignored rows, head and bias."""
+    table = dict.fromkeys(BACKENDS, 2 * 2 * 304 * 5)
+    sizes = _backends.sizes
+    monkeypatch.setattr(
+        _backends,
+        "sizes",
+        lambda *args: sizes(*args)._replace(chunk_bytes=table[backend], slab_bytes=slab_bytes),
+    )
+    case = CASES[name]
+    # N is too large for its gradient to be kept unless slab_bytes is: 2 N V > 4 V D
+    inputs = make_inputs(40, 300, D=6, E=6, seed=3)
+    inputs.target.clamp_(max=289)
+    transform = LogitTransform(vocab_limit=290, scale=0.5, softcap=20.0)
+    limits = {"student_transform": transform}
+    if case.has_teacher:
+        limits["teacher_transform"] = transform
+    bias64 = torch.randn(300, dtype=torch.float64, device=DEVICE).to(dtype).double()
+    weight = torch.linspace(0.2, 1.2, 40, device=DEVICE)
+    rounded = inputs.to(dtype)
+    bias = bias64.to(dtype).requires_grad_()
+    options = {"student_bias": bias, "token_weight": weight, "reduction": reduction, **limits}
+    loss = fused(case, rounded, backend=backend, **options)
+    upstream = torch.full_like(loss, 1.7)
+    actual = torch.autograd.grad(loss, (*rounded[:2], bias), upstream)
+
+    results = []
+    for kind in (torch.float64, torch.float32):
+        exact = rounded.to(kind)
+        b = bias64.to(kind).requires_grad_()
+        student = transform(exact.student_hidden @ exact.student_weight.T + b)
+        teacher = transform(exact.teacher_hidden @ exact.teacher_weight.T)
+        per_row = reference_rows(case, student, teacher, exact.target) * weight.to(kind)
+        counted = (weight * (exact.target != -100)).sum()
+        expected = per_row if reduction == "none" else per_row.sum()
+        expected = expected / counted if reduction == "mean" else expected
+        results.append(
+            (expected, *torch.autograd.grad(expected, (*exact[:2], b), upstream.to(kind)))
+        )
+    names = ("loss", "dX", "dW", "dbias")
+    for what, got, wanted, own in zip(names, (loss, *actual), *results, strict=True):
+        assert_close(what, got, wanted, own.to(got.dtype))
 
 
 @each_kind
-def test_strided_inputs(case):
-    inputs = make_inputs(7, 1423)
+def test_strided_inputs(case, backend):
+    inputs = make_inputs(7, 1423).to(torch.float32)
     x, w, y, v, target = inputs
     strided = Inputs(x.T.contiguous().T, w.T.contiguous().T, y.repeat(1, 2)[:, :12], v, target)
     assert not strided.student_weight.is_contiguous()
     assert not strided.teacher_hidden.is_contiguous()
-    expected = eager(case, inputs)
-    torch.testing.assert_close(fused(case, strided, reduction="none"), expected)
+    expected = fused(case, inputs, reduction="none", backend=backend)
+    torch.testing.assert_close(fused(case, strided, reduction="none", backend=backend), expected)
 
 
 @each_case
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradcheck(case, reduction):
     inputs = make_inputs(4, 11, D=3, E=2, seed=1).to(torch.float64)
-    bias = torch.randn(11, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(11, dtype=torch.float64, device=DEVICE, requires_grad=True)
     transform = LogitTransform(scale=1.3, softcap=6.0, temperature=0.8)
 
     def call(x, w, b):
         options = {"student_bias": b, "student_transform": transform, "reduction": reduction}
-        return fused(case, Inputs(x, w, *inputs[2:]), chunk_bytes=2 * 2 * 11 * 8, **options)
+        tensors = Inputs(x, w, *inputs[2:])
+        return fused(case, tensors, chunk_bytes=2 * 2 * 11 * 8, backend="torch", **options)
 
-    assert torch.autograd.gradcheck(call, (*inputs[:2], bias))
+    # two runs on an accelerator may add in another order
+    assert torch.autograd.gradcheck(call, (*inputs[:2], bias), nondet_tol=1e-12)
+
+
+@each_case
+def test_one_product_for_a_shared_head(case, backend, monkeypatch):
+    """Student and teacher may be one head, as in distillation of a model against itself."""
+    if not case.has_teacher:
+        pytest.skip("one model has one head")
+    products = []
+
+    def spy(hidden, weight, out):
+        products.append(len(hidden))
+        return project(hidden, weight, out)
+
+    project = _products.project
+    monkeypatch.setattr(_products, "project", spy)
+    inputs = make_inputs(9, 83, E=16).to(torch.float32)
+    x, w, y, _, target = inputs
+    shared = Inputs(x, w, y, w.detach(), target)
+    copied = Inputs(x, w, y, w.detach().clone(), target)
+    one = fused(case, shared, backend=backend)
+    counted = int((target != -100).sum())
+    assert products == [2 * counted]
+    two = fused(case, copied, backend=backend)
+    assert products[1:] == [counted, counted]
+    torch.testing.assert_close(one, two)
+    upstream = torch.ones((), device=DEVICE)
+    for a, b in zip(
+        gradients(one, inputs, upstream), gradients(two, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(a, b)
 
 
 @each_case
@@ -94,10 +199,11 @@ def test_transforms_and_biases(case):
     sides = {"student": LogitTransform(1.5, 9.0, 0.7, 50)}
     if case.has_teacher:
         sides["teacher"] = LogitTransform(0.5, None, 2.0, 50)
-    biases = {f"{name}_bias": torch.randn(60, dtype=torch.float64) for name in sides}
+    new = {"dtype": torch.float64, "device": DEVICE}
+    biases = {f"{name}_bias": torch.randn(60, **new) for name in sides}
     options = {f"{name}_transform": transform for name, transform in sides.items()} | biases
     x.target.clamp_(max=49)
-    loss = fused(case, x, reduction="none", **options)
+    loss = fused(case, x, reduction="none", backend="torch", **options)
 
     x64 = x.to(torch.float64)
     # the definition, written out: scale, then soft-cap, then temperature, on the first 50 ids
@@ -108,7 +214,7 @@ def test_transforms_and_biases(case):
     rows = case.reference(*logits, x.target.clamp(min=0), **case.options)
     expected = rows.masked_fill(x.target == -100, 0)
     torch.testing.assert_close(loss, expected)
-    upstream = torch.randn(7)
+    upstream = torch.randn(7, device=DEVICE)
     pairs = zip(gradients(loss, x, upstream), gradients(expected, x64, upstream), strict=True)
     for actual, wanted in pairs:
         torch.testing.assert_close(actual, wanted)
@@ -117,7 +223,7 @@ def test_transforms_and_biases(case):
 @each_kind
 def test_reductions(case):
     inputs = make_inputs(9, 83).to(torch.float64)
-    weight = torch.rand(9, dtype=torch.float64)
+    weight = torch.rand(9, dtype=torch.float64, device=DEVICE)
     rows = eager(case, inputs)
     counted = (inputs.target != -100).double()
     expected = {
@@ -125,14 +231,14 @@ def test_reductions(case):
         "sum": ({"reduction": "sum"}, rows.sum()),
         "mean": ({}, rows.sum() / counted.sum()),
         "num_items": ({"num_items": 40}, rows.sum() / 40),
-        "tensor": ({"num_items": torch.tensor(40)}, rows.sum() / 40),
+        "tensor": ({"num_items": torch.tensor(40, device=DEVICE)}, rows.sum() / 40),
         "weighted none": ({"reduction": "none", "token_weight": weight}, rows * weight),
         "weighted": ({"token_weight": weight}, (rows * weight).sum() / (weight * counted).sum()),
     }
     for name, (options, value) in expected.items():
         actual = fused(case, inputs, **options)
         torch.testing.assert_close(actual, value, msg=name)
-        upstream = torch.randn(value.shape)
+        upstream = torch.randn(value.shape, device=DEVICE)
         pairs = zip(
             gradients(actual, inputs, upstream), gradients(value, inputs, upstream), strict=True
         )
@@ -146,7 +252,7 @@ def test_chunks_do_not_matter(rows, bytes_, name):
     inputs = make_inputs(rows, 37, seed=rows).to(torch.float64)
     whole, parts = fused(CASES[name], inputs), fused(CASES[name], inputs, chunk_bytes=bytes_)
     torch.testing.assert_close(parts, whole)
-    one = torch.ones(())
+    one = torch.ones((), device=DEVICE)
     for got, wanted in zip(
         gradients(parts, inputs, one), gradients(whole, inputs, one), strict=True
     ):
@@ -157,7 +263,7 @@ def test_chunks_are_even_and_within_the_bound(monkeypatch):
     projected = []
 
     def spy(self, rows, out):
-        projected.append(len(rows))
+        projected.append(len(out))
         return project(self, rows, out)
 
     project = lm_head.Head.project
@@ -171,7 +277,13 @@ def test_chunks_are_even_and_within_the_bound(monkeypatch):
 @each_kind
 def test_stats(case):
     inputs = make_inputs(9, 83).to(torch.float64)
-    loss, stats = fused(case, inputs, return_stats=True, token_weight=torch.full((9,), 0.5))
+    loss, stats = fused(
+        case,
+        inputs,
+        return_stats=True,
+        backend="torch",
+        token_weight=torch.full((9,), 0.5, device=DEVICE),
+    )
     assert loss.requires_grad
     assert not stats.per_token.requires_grad
     torch.testing.assert_close(stats.per_token, eager(case, inputs).detach())
@@ -196,12 +308,12 @@ def test_stats_hold_both_divergences():
 def test_computes_only_what_is_needed(case, monkeypatch):
     asked = []
 
-    def spy(self, head, needs, dtype):
-        asked.append(tuple(needs))
-        return init(self, head, needs, dtype)
+    def spy(*args):
+        asked.append(tuple(args[6]))
+        return run(*args)
 
-    init = lm_head.Gradients.__init__
-    monkeypatch.setattr(lm_head.Gradients, "__init__", spy)
+    run = lm_head.run_chunks
+    monkeypatch.setattr(lm_head, "run_chunks", spy)
     x, w, *rest = make_inputs(5, 30).to(torch.float32)
     frozen = w.detach()
     fused(case, Inputs(x, frozen, *rest)).backward()
@@ -210,8 +322,8 @@ def test_computes_only_what_is_needed(case, monkeypatch):
     with torch.no_grad():
         fused(case, Inputs(x, w, *rest))
     fused(case, Inputs(x, w, *rest), reduction="none")
-    nothing = (False, False, False)
-    assert asked == [(True, False, False), (False, True, False), nothing, nothing]
+    expected = [(True, False, False), (False, True, False), (False, False, False)]
+    assert asked == [*expected, (True, True, False)]
 
 
 @each_kind
@@ -220,7 +332,7 @@ def test_ignored_and_weightless_rows_cost_nothing(case, reduction, monkeypatch):
     projected = []
 
     def spy(self, rows, out):
-        projected.append(len(rows))
+        projected.append(len(out))
         return project(self, rows, out)
 
     project = lm_head.Head.project
@@ -231,10 +343,10 @@ def test_ignored_and_weightless_rows_cost_nothing(case, reduction, monkeypatch):
     with torch.no_grad():  # a row that counts for nothing may hold anything
         inputs.student_hidden[2:6] = torch.nan
         inputs.student_hidden[8] = torch.nan
-    weight = torch.ones(10)
+    weight = torch.ones(10, device=DEVICE)
     weight[8] = 0
     loss = fused(case, inputs, token_weight=weight, reduction=reduction).sum()
-    dx, dw = gradients(loss, inputs, torch.ones(()))
+    dx, dw = gradients(loss, inputs, torch.ones((), device=DEVICE))
     assert set(projected) == {5}
     assert loss.isfinite()
     zero = (dx == 0).all(-1)
@@ -249,7 +361,7 @@ def test_nothing_counts(case, reduction, rows):
     inputs = make_inputs(3, 30).to(torch.float32)
     inputs = Inputs(*[x[:rows] if i in (0, 2, 4) else x for i, x in enumerate(inputs)])
     x, w = (t.detach().requires_grad_() for t in inputs[:2])
-    target = torch.full((rows,), -100)
+    target = torch.full((rows,), -100, device=DEVICE)
     loss, stats = fused(
         case, Inputs(x, w, *inputs[2:4], target), reduction=reduction, return_stats=True
     )
@@ -262,7 +374,9 @@ def test_nothing_counts(case, reduction, rows):
 
 
 @each_kind
-def test_autocast_does_not_lower_the_precision(case):
+def test_autocast_does_not_lower_the_precision_on_cpu(case):
+    if DEVICE.type != "cpu":
+        pytest.skip("an accelerator multiplies in 16 bits under autocast")
     inputs = make_inputs(7, 200).to(torch.float32)
     expected = fused(case, inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -270,22 +384,24 @@ def test_autocast_does_not_lower_the_precision(case):
 
 
 @each_case
-def test_deterministic(case):
+def test_deterministic(case, backend):
+    if backend == "torch" and DEVICE.type == "cuda":
+        pytest.skip("torch's own index_add is not deterministic on CUDA")
     runs = []
     for _ in range(2):
         inputs = make_inputs(33, 700).to(torch.float32)
-        loss = fused(case, inputs, chunk_bytes=8 * 700 * 10)
-        runs.append((loss, *gradients(loss, inputs, torch.ones(()))))
+        loss = fused(case, inputs, chunk_bytes=8 * 704 * 10, backend=backend)
+        runs.append((loss, *gradients(loss, inputs, torch.ones((), device=DEVICE))))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @each_kind
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_second_backward(case, reduction):
+def test_second_backward(case, reduction, backend):
     inputs = make_inputs(7, 50).to(torch.float32)
-    loss = fused(case, inputs, reduction=reduction).sum()
-    first = gradients(loss, inputs, torch.ones(()))
-    twice = gradients(loss, inputs, torch.full((), 2.0))
+    loss = fused(case, inputs, reduction=reduction, backend=backend).sum()
+    first = gradients(loss, inputs, torch.ones((), device=DEVICE))
+    twice = gradients(loss, inputs, torch.full((), 2.0, device=DEVICE))
     for a, b in zip(first, twice, strict=True):
         assert a.any()
         torch.testing.assert_close(b, 2 * a)
@@ -293,21 +409,51 @@ def test_second_backward(case, reduction):
         torch.autograd.grad(loss, inputs[:2], create_graph=True)
 
 
-def test_small_gradients_survive_a_gradient_scaler():
+def test_small_gradients_survive_a_gradient_scaler(backend):
     inputs = make_inputs(40, 50).to(torch.float16)
     # divided by a million the gradient is below fp16's smallest number until it is scaled back
-    loss = fused(CASES["forward_kl"], inputs, num_items=1e6)
-    small = gradients(loss, inputs, torch.tensor(1e6))
-    whole = gradients(fused(CASES["forward_kl"], inputs, num_items=1.0), inputs, torch.ones(()))
+    loss = fused(CASES["forward_kl"], inputs, num_items=1e6, backend=backend)
+    small = gradients(loss, inputs, torch.tensor(1e6, device=DEVICE))
+    loss = fused(CASES["forward_kl"], inputs, num_items=1.0, backend=backend)
+    whole = gradients(loss, inputs, torch.ones((), device=DEVICE))
     torch.testing.assert_close(small, whole)
 
 
 def test_offsets_beyond_2_to_the_31():
     """Row 33,000 of 33,001 x 65,536 logits starts beyond 2^31; stride 0 keeps them cheap."""
-    logits = torch.randn(1, 65_536).expand(33_001, -1)
-    weight = torch.zeros(33_001)
+    logits = torch.randn(1, 65_536, device=DEVICE).expand(33_001, -1)
+    weight = torch.zeros(33_001, device=DEVICE)
     weight[-1] = 1
-    teacher = torch.randn(1, 65_536)
+    teacher = torch.randn(1, 65_536, device=DEVICE)
     loss = bidirectional_kl(logits, teacher.expand(33_001, -1), token_weight=weight)
     expected = bidirectional_kl_reference(logits[:1].double(), teacher.double())
     torch.testing.assert_close(loss.double(), expected[0], rtol=1e-5, atol=0)
+
+
+@each_kind
+def test_no_host_sync(case, backend):
+    """With no row to look for, nothing waits for the device."""
+    if DEVICE.type != "cuda" or backend != "triton":
+        pytest.skip("only an accelerator is waited for")
+    inputs = make_inputs(40, 500).to(torch.bfloat16)
+    inputs.target.clamp_(min=0)
+    upstream = torch.ones((), device=DEVICE)
+
+    def step():
+        loss = fused(case, inputs, ignore_index=None, backend=backend)
+        return gradients(loss, inputs, upstream)
+
+    step()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@each_kind
+def test_all_rows_count_without_a_look(case):
+    inputs = make_inputs(9, 83).to(torch.float64)
+    inputs.target.clamp_(min=0)
+    one = fused(case, inputs)
+    assert torch.equal(one, fused(case, inputs, ignore_index=None))

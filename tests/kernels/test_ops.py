@@ -4,55 +4,71 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
+import torch.utils.checkpoint
 
 import bidistill_kernels as bk
 from bidistill_kernels import LogitTransform, _ops
-from tests.kernels.cases import CASES, fused, gradients, make_inputs
+from tests.kernels.cases import CASES, DEVICE, fused, gradients, make_inputs
 
 KINDS = {name: CASES[name] for name in ("kl_and_ce", "hinge", "cross_entropy")}
 each_kind = pytest.mark.parametrize("case", KINDS.values(), ids=KINDS)
 
 
-def op_inputs(loss, params, needs, *, teacher=True):
-    x, w, y, v, target = make_inputs(5, 30)
+def op_inputs(loss, params, needs, *, teacher=True, backend="torch"):
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    x, w, y, v, target = make_inputs(5, 30).to(dtype, grad=False)
     leaves = [t.clone().requires_grad_(need) for t, need in zip((x, w), needs, strict=False)]
-    bias = torch.randn(30, dtype=x.dtype, requires_grad=needs[2])
-    sides = (y, v, None) if teacher else (None, None, None)
-    weight = (target != -100).to(x.dtype)
-    pack = LogitTransform().pack()
-    return (*leaves, bias, *sides, target, weight, loss, params, pack, pack, 2000, list(needs))
+    bias = torch.randn(30, dtype=dtype, device=DEVICE, requires_grad=needs[2])
+    sides = (y, v, None, None) if teacher else (None,) * 4
+    weight = (target != -100).to(dtype)
+    pack, settings = LogitTransform().pack(), (backend, 2000, False, list(needs))
+    return (*leaves, bias, *sides, target, weight, loss, params, pack, pack, *settings)
 
 
 @pytest.mark.parametrize("op", [_ops.lm_head_loss, _ops.lm_head_rows], ids=["loss", "rows"])
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False)], ids=["all", "dX"])
-def test_opcheck(op, needs):
-    torch.library.opcheck(op, op_inputs("bidirectional_kl", [0.5, 0.5, 0.1], needs))
+def test_opcheck(op, needs, backend):
+    inputs = op_inputs("bidirectional_kl", [0.5, 0.5, 0.1], needs, backend=backend)
+    torch.library.opcheck(op, inputs)
 
 
-def test_opcheck_without_teacher_and_sparse():
-    inputs = op_inputs("cross_entropy", [], (True, True, False), teacher=False)
+def test_opcheck_without_teacher_and_sparse(backend):
+    needs = (True, True, False)
+    inputs = op_inputs("cross_entropy", [], needs, teacher=False, backend=backend)
     torch.library.opcheck(_ops.lm_head_loss, inputs)
     params = [4.0, 4.0, 1.0, 0.0, 1.0]
-    torch.library.opcheck(
-        _ops.lm_head_loss, op_inputs("push_pull_hinge", params, (True, True, True))
-    )
+    inputs = op_inputs("push_pull_hinge", params, (True, True, True), backend=backend)
+    torch.library.opcheck(_ops.lm_head_rows, inputs)
+
+
+def test_opcheck_of_the_head_gradients(backend):
+    inputs = op_inputs("bidirectional_kl", [0.5, 0.5, 0.1], (True, True, True), backend="triton")
+    if backend == "torch":
+        params = [4.0, 4.0, 1.0, 0.0, 1.0]
+        inputs = op_inputs("push_pull_hinge", params, (True, True, True))
+    inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
+    *_, slab, ids = _ops.lm_head_rows(*inputs)
+    assert slab.numel()
+    assert (ids.numel() > 0) == (backend == "torch")
+    torch.library.opcheck(_ops.lm_head_gradients, (slab, ids, inputs[8], *inputs))
 
 
 @each_kind
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_without_a_graph_break(case, reduction):
+def test_compiles_without_a_graph_break(case, reduction, backend):
     inputs = make_inputs(6, 40).to(torch.float32)
 
     def call(*tensors):
         sides = tensors if case.has_teacher else (*tensors[:2], tensors[4])
-        options = {"reduction": reduction, "return_stats": True}
+        options = {"reduction": reduction, "return_stats": True, "backend": backend}
         loss, stats = case.linear(*sides, **case.options, **options)
         return loss.sum(), stats.per_token
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for got, wanted in zip(compiled(*inputs), call(*inputs), strict=True):
         torch.testing.assert_close(got, wanted)
-    one = torch.ones(())
+    one = torch.ones((), device=DEVICE)
     got = gradients(compiled(*inputs)[0], inputs, one)
     for a, b in zip(got, gradients(call(*inputs)[0], inputs, one), strict=True):
         torch.testing.assert_close(a, b)
@@ -82,7 +98,52 @@ def test_modules(module):
 def test_rows_left_out_have_no_gradient():
     """Whatever the upstream gradient holds there: per-row losses of weight 0 are constants."""
     inputs: list[Any] = list(op_inputs("bidirectional_kl", [0.5, 0.5, 0.0], (True, True, True)))
-    inputs[7] = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.0], dtype=torch.float64)
-    rows, _ = _ops.lm_head_rows(*inputs)
+    weight = [1.0, 0.0, 2.0, 1.0, 0.0]
+    inputs[8] = torch.tensor(weight, dtype=torch.float64, device=DEVICE)
+    rows, *_ = _ops.lm_head_rows(*inputs)
     (dx,) = torch.autograd.grad(rows, inputs[0], torch.full_like(rows, 3.0))
     assert dx.any(-1).tolist() == [True, False, True, True, False]
+
+
+@each_kind
+def test_dynamic_shapes(case, backend):
+    """Another number of tokens is another call of the same graph."""
+    torch._dynamo.reset()
+    counts = torch._dynamo.testing.CompileCounter()
+
+    def call(*tensors):
+        sides = tensors if case.has_teacher else (*tensors[:2], tensors[4])
+        return case.linear(*sides, **case.options, backend=backend, reduction="sum")
+
+    compiled = torch.compile(call, fullgraph=True, backend=counts, dynamic=True)
+    for N in (6, 9, 12):
+        inputs = make_inputs(N, 40, seed=N).to(torch.float32)
+        torch.testing.assert_close(compiled(*inputs), call(*inputs))
+    assert counts.frame_count == 1
+
+
+@each_kind
+def test_activation_checkpointing(case, backend):
+    inputs = make_inputs(6, 40).to(torch.float32)
+
+    def call(x, w):
+        return fused(
+            case, inputs._replace(student_hidden=x * 1.0, student_weight=w), backend=backend
+        )
+
+    plain = gradients(call(*inputs[:2]), inputs, torch.ones((), device=DEVICE))
+    saved = torch.utils.checkpoint.checkpoint(call, *inputs[:2], use_reentrant=False)
+    again = gradients(saved, inputs, torch.ones((), device=DEVICE))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@each_kind
+def test_exports(case):
+    class Step(torch.nn.Module):
+        def forward(self, *tensors):
+            sides = tensors if case.has_teacher else (*tensors[:2], tensors[4])
+            return case.linear(*sides, **case.options, backend="torch")
+
+    inputs = make_inputs(6, 40).to(torch.float32, grad=False)
+    program = torch.export.export(Step(), tuple(inputs))
+    torch.testing.assert_close(program.module()(*inputs), Step()(*inputs))

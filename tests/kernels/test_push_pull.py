@@ -11,8 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bidistill_kernels import linear_push_pull, push_pull, push_pull_reference
-from bidistill_kernels.push_pull import top_ids
+from bidistill_kernels import (
+    LogitTransform,
+    linear_push_pull,
+    push_pull,
+    push_pull_reference,
+)
+from bidistill_kernels._rows import ROW_LOSSES, Chunk, TopK
+from bidistill_kernels._top import top_ids
+from bidistill_kernels._torch_rows import TorchLogits
+from tests.kernels.cases import make_inputs
 from tests.support import assert_close
 
 inf = torch.inf
@@ -210,8 +218,7 @@ def test_ties_go_to_the_lowest_ids(values, k):
     logits = torch.tensor([values, values[::-1]], dtype=torch.float32)
     ids = top_ids(logits, k)
     assert ids.shape == (2, min(k, len(values)))
-    mask = torch.zeros_like(logits, dtype=torch.bool).scatter(1, ids, value=True)
-    assert torch.equal(mask, chosen(logits, k))
+    assert torch.equal(ids, logits.sort(dim=-1, descending=True, stable=True).indices[:, :k])
 
 
 # --- edges --------------------------------------------------------------------------------
@@ -262,6 +269,120 @@ def test_logits_of_ten_thousand(reading):
         assert_close("loss", loss, expected, push_pull_reference(s, t, **options))
 
 
+# --- stored teacher -----------------------------------------------------------------------
+
+
+def store(logits, k):
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    return TopK(ids[:, :k].contiguous(), values[:, :k].contiguous())
+
+
+STORED: Any = [("hinge", 0.0), ("bounded", 0.0), ("suppress", 0.7), ("bounded", 0.7)]
+
+
+@pytest.mark.parametrize(("reading", "push_weight"), STORED)
+def test_stored_teacher_is_the_teacher(reading, push_weight):
+    s, t = draw(11)
+    options = {"reading": reading, "push_weight": push_weight, "k_pull": 6, "k_push": 8}
+    for k in (6, 9):  # more than are pulled
+        teacher = store(t, k)
+        torch.testing.assert_close(rows(s, teacher, **options), rows(s, t, **options))
+        torch.testing.assert_close(gradient(s, teacher, **options), gradient(s, t, **options))
+    # and fused with the head
+    x, w, y, v, target = make_inputs(7, 40).to(torch.float32)
+    options["student_transform"] = LogitTransform(softcap=9.0)
+    results = []
+    for sides in ((y, v), (store(y @ v.T, 6), None)):
+        loss = linear_push_pull(x, w, *sides, target, **options)
+        results.append((loss, *torch.autograd.grad(loss, (x, w))))
+    for stored, online in zip(*results, strict=True):
+        torch.testing.assert_close(stored, online)
+
+
+@pytest.mark.parametrize(("reading", "push_weight"), STORED)
+def test_absent_entries_of_a_stored_teacher(reading, push_weight):
+    """They pull nothing, and what their id says is neither pulled nor spared the push."""
+    s, t = draw(12)
+    options = {"reading": reading, "push_weight": push_weight, "k_push": 8}
+    ids, values = store(t, 6)
+    s[4, 0] = 20.0
+    best = s.argmax(-1)
+    full = TopK(ids.clone(), values.clone())
+    values[0, 2:], ids[0, 2:] = -inf, 0  # padding repeats one id
+    values[1, 3:], ids[1, 3:] = -inf, ids[1, 0].clone()  # the id of a real entry
+    values[2, 1:], ids[2, 1:] = -inf, best[2]  # the id that the student likes best
+    values[3, 4:], ids[3, 4:] = -inf, -1  # no id
+    values[4], ids[4] = -inf, best[4]  # nothing is stored
+    loss = rows(s, TopK(ids, values), k_pull=6, **options)
+    got = gradient(s, TopK(ids, values), k_pull=6, **options)
+    for n, k in enumerate((2, 3, 1, 4)):
+        row, alone = slice(n, n + 1), TopK(full.ids[n : n + 1, :k], full.values[n : n + 1, :k])
+        torch.testing.assert_close(loss[row], rows(s[row], alone, k_pull=k, **options))
+        torch.testing.assert_close(got[row], gradient(s[row], alone, k_pull=k, **options))
+    # nothing to pull: the push alone is left, on all the student's ids
+    assert got[4].any() == loss[4].any() == (push_weight > 0)
+    if push_weight:
+        own = chosen(s[4:], 8)
+        p = s[4:].softmax(-1).masked_fill(~own, 0)
+        push = s[4:][own].sum() if reading == "suppress" else -torch.log1p(-p).sum()
+        torch.testing.assert_close(loss[4], push_weight * push)
+
+
+def test_duet_of_a_stored_teacher_projects_nothing(monkeypatch):
+    from bidistill_kernels import _products
+
+    def refuse(*args):
+        raise AssertionError("projected")
+
+    x, w, y, v, target = make_inputs(7, 40).to(torch.float32)
+    teacher = store(y @ v.T, 10)
+    monkeypatch.setattr(_products, "project", refuse)
+    linear_push_pull(x, w, teacher, None, target, push_weight=0.0).backward()
+    with pytest.raises(AssertionError, match="projected"):
+        linear_push_pull(x, w, teacher, None, target, reading="suppress")
+
+
+z, few = torch.randn(4, 9), TopK(torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 3))
+REJECTED: Any = {
+    "hinge": ({}, ValueError, "reading: got 'hinge'.*'suppress' or 'bounded'.*push_weight=0"),
+    "match": ({"reading": "match"}, ValueError, "reading: got 'match'"),
+    "too few": ({"k_pull": 4, "push_weight": 0.0}, ValueError, "k_pull: got 4.* 3 ids"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), REJECTED.values(), ids=REJECTED)
+def test_rejects_with_a_stored_teacher(options, error, message):
+    options = {"k_pull": 3, **options}
+    with pytest.raises(error, match=message):
+        push_pull(z, few, **options)
+    with pytest.raises(error, match=message):
+        linear_push_pull(z, z, few, None, **options)
+
+
+def test_rejects_half_a_teacher():
+    with pytest.raises(TypeError, match="teacher_weight: got one with a TopK"):
+        linear_push_pull(z, z, few, z, k_pull=3, push_weight=0.0)
+    with pytest.raises(TypeError, match="teacher_weight: got None with hidden states"):
+        linear_push_pull(z, z, z, None)
+
+
+# --- gradients ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k_pull", [3, V])
+def test_a_16_bit_gradient_is_rounded_once(k_pull):
+    """Also where an id is pulled, pushed and moved by the others' probabilities."""
+    s, t = (logits.float() for logits in draw(13, spread=1.0))
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        student, teacher = (TorchLogits(z.clone(), None, LogitTransform()) for z in (s, t))
+        buffer = torch.full_like(s, torch.nan, dtype=dtype)
+        chunk = Chunk(student, teacher, None, buffer, need_gradient=True)
+        ROW_LOSSES["push_pull_bounded"].function(chunk, [k_pull, 7, 0.7, 0.0, 1.0])
+        results.append(buffer)
+    assert torch.equal(results[0].bfloat16(), results[1])
+
+
 def test_no_dense_gradient_is_formed(monkeypatch):
     """Readings on raw logits multiply gathered head rows, never (C, V) by (V, D)."""
     from bidistill_kernels import lm_head
@@ -269,7 +390,7 @@ def test_no_dense_gradient_is_formed(monkeypatch):
     def refuse(*args):
         raise AssertionError("dense gradient")
 
-    monkeypatch.setattr(lm_head.Gradients, "add_dense", refuse)
+    monkeypatch.setattr(lm_head._Job, "_add_dense", refuse)
     x, w = torch.randn(4, 6, requires_grad=True), torch.randn(40, 6, requires_grad=True)
     y, v = torch.randn(4, 3), torch.randn(40, 3)
     readings: Any = ("hinge", "match", "suppress")

@@ -1,0 +1,111 @@
+"""Matrix products with the head: what is multiplied in which precision.
+
+Results are fp32 (fp64 for fp64 input). Where the device multiplies 16-bit operands and returns
+fp32, both operands stay as they are; elsewhere they are converted a slab of head rows at a time, so
+that no full fp32 copy of a 16-bit head exists. Shapes: C rows of a chunk, V vocabulary, D width.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Rows of a 16-bit head converted at a time
+SLAB_ROWS = 4096
+_HALVES = (torch.bfloat16, torch.float16)
+# CUDA only; 16-bit products rounded to 16 bits would cost 16 to 80 % of a distillation gradient
+_HAS_FP32_OUT = "dtype_out" in torch.ops.aten.mm.overloads()
+
+
+def keeps_halves(a: Tensor, b: Tensor) -> bool:
+    """Tell whether the device multiplies these 16-bit operands into fp32."""
+    if not (_HAS_FP32_OUT and a.is_cuda and a.dtype == b.dtype and a.dtype in _HALVES):
+        return False
+    return torch.cuda.get_device_capability(a.device)[0] >= 8
+
+
+def _slabs(weight_VD: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the head in pieces of `dtype`: one piece if it has that dtype already."""
+    V = len(weight_VD)
+    step = V if weight_VD.dtype == dtype else SLAB_ROWS
+    for start in range(0, V, step):
+        ids = slice(start, min(start + step, V))
+        yield ids, weight_VD[ids].to(dtype)
+
+
+def project(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
+    """Write hidden @ weight.T."""
+    if keeps_halves(hidden_CD, weight_VD):
+        torch.mm(hidden_CD, weight_VD.T, out_dtype=out_CV.dtype, out=out_CV)
+        return
+    x_CD = hidden_CD.to(out_CV.dtype)
+    for ids, weight_SD in _slabs(weight_VD, out_CV.dtype):
+        torch.mm(x_CD, weight_SD.T, out=out_CV[:, ids])
+
+
+def hidden_gradient(gradient_CV: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return gradient @ weight, in `dtype`."""
+    if keeps_halves(gradient_CV, weight_VD):
+        return torch.mm(gradient_CV, weight_VD, out_dtype=dtype)
+    out_CD = gradient_CV.new_zeros(len(gradient_CV), weight_VD.shape[1], dtype=dtype)
+    for ids, weight_SD in _slabs(weight_VD, dtype):
+        out_CD.addmm_(gradient_CV[:, ids].to(dtype), weight_SD)
+    return out_CD
+
+
+def add_weight_gradient(
+    gradient_CV: Tensor, hidden_CD: Tensor, scale_C: Tensor, out_VD: Tensor
+) -> None:
+    """Add gradient.T @ (scale * hidden) to an fp32 sum.
+
+    The scale goes to the narrow operand, never to the wide one.
+    """
+    dtype = gradient_CV.dtype
+    if dtype == out_VD.dtype:
+        x_CD = hidden_CD.to(dtype).mul(scale_C[:, None])
+        out_VD.addmm_(gradient_CV.T, x_CD)
+        return
+    half_CD, peak = _scaled(hidden_CD, scale_C, dtype)
+    if keeps_halves(gradient_CV, half_CD) and peak is None:
+        torch.addmm(out_VD, gradient_CV.T, half_CD, out_dtype=out_VD.dtype, out=out_VD)
+        return
+    for start in range(0, len(out_VD), SLAB_ROWS):
+        ids = slice(start, start + SLAB_ROWS)
+        part_SD = hidden_gradient(gradient_CV[:, ids].T, half_CD, out_VD.dtype)
+        out_VD[ids].add_(part_SD if peak is None else part_SD.mul_(peak))
+
+
+def weight_gradient(
+    gradient_CV: Tensor, hidden_CD: Tensor, scale_C: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Return gradient.T @ (scale * hidden) in `dtype`: one product, one rounding."""
+    if gradient_CV.dtype == dtype and dtype in _HALVES:
+        half_CD, peak = _scaled(hidden_CD, scale_C, dtype)
+        out_VD = torch.mm(gradient_CV.T, half_CD)
+        return out_VD if peak is None else out_VD.mul_(peak)
+    out_VD = scale_C.new_zeros(gradient_CV.shape[1], hidden_CD.shape[1])
+    add_weight_gradient(gradient_CV, hidden_CD, scale_C, out_VD)
+    return out_VD.to(dtype)
+
+
+def _scaled(hidden_CD: Tensor, scale_C: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return scale * hidden in 16 bits, and what the product must be multiplied by.
+
+    fp16 has no room for scales like 1 / tokens: a power of two, which is exact, is taken out.
+    """
+    x_CD, peak = hidden_CD.to(scale_C.dtype), None
+    if dtype == torch.float16:
+        top = scale_C.abs().amax().clamp(min=torch.finfo(scale_C.dtype).tiny)
+        peak = torch.exp2(torch.frexp(top).exponent.to(scale_C.dtype))
+        scale_C = scale_C / peak
+    return (x_CD * scale_C[:, None]).to(dtype), peak
+
+
+def add_bias_gradient(gradient_CV: Tensor, scale_C: Tensor, out_V: Tensor) -> None:
+    """Add gradient.T @ scale to an fp32 sum; never in 16 bits, which would bias all of it."""
+    if gradient_CV.dtype == out_V.dtype:
+        out_V.addmv_(gradient_CV.T, scale_C)
+        return
+    for start in range(0, len(out_V), SLAB_ROWS):
+        ids = slice(start, start + SLAB_ROWS)
+        out_V[ids].addmv_(gradient_CV[:, ids].to(out_V.dtype).T, scale_C)
