@@ -11,9 +11,9 @@ atomically. An entry of value 0 is not read, neither its head row nor its hidden
 what is infinite there adds nothing.
 
 Traffic: gather_dot and sparse_dx read N K rows of the head, each in one piece; sparse_dw reads at
-most N K hidden states and writes each row it touches once; the sort is of N K
-numbers of 32 bits. A segment is one chain of reads, 8 entries at a time: an id that n tokens share
-takes n / 8 times the latency of memory, while the others go on beside it.
+most N K hidden states and writes each row it touches once; the sort is of N K 32-bit numbers. A
+segment is one chain of reads, 8 entries at a time: an id that n tokens share takes n / 8 times the
+latency of memory, while the others go on beside it.
 Shapes: N tokens, C rows of a chunk, V vocabulary, D width, K ids a row, E = N K entries.
 """
 
@@ -75,7 +75,7 @@ def _gather_dot_kernel(
         mask = (offs_k < K)[:, None] & (offs_d < D)[None, :]
         w = tl.load(row_ptr + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
         sum_KD += x[None, :] * w
-    bias = tl.load(bias_ptr + ids, mask=(offs_k < K) & (has_bias != 0), other=0.0)
+    bias = tl.load(bias_ptr + ids, mask=offs_k < K * has_bias, other=0.0)
     tl.store(out_ptr + c * K + offs_k, tl.sum(sum_KD, 1) + bias, mask=offs_k < K)
 
 
