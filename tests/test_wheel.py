@@ -115,13 +115,15 @@ def test_make_installs_again_after_an_edit(checkout, name):
 
 
 def test_every_requirement_is_pinned():
-    """One exact version for each package that pyproject.toml names."""
+    """One exact version for each package that pyproject.toml names; of Triton, the newest."""
     from packaging.requirements import Requirement
 
     text = (ROOT / "constraints.txt").read_text()
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     pins = {Requirement(line).name: Requirement(line).specifier for line in lines}
-    assert all(str(pin).startswith("==") for pin in pins.values())
+    # torch's CUDA build insists on a Triton of its own, its CPU build leaves it to the ceiling
+    assert str(pins["triton"]).startswith("<=")
+    assert all(str(pin).startswith("==") for name, pin in pins.items() if name != "triton")
 
     table = read_project()
     extras = table["optional-dependencies"].values()

@@ -115,7 +115,7 @@ def padded(V: int) -> int:
 def gradient_dtype(student: Head, backend: str, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the logits' gradient: the head's, for products of 16-bit operands."""
     weight = student.weight_VD
-    return dtype if backend == "torch" or weight is None else weight.dtype
+    return dtype if backend != "triton" or weight is None else weight.dtype
 
 
 def keeps_slab(
@@ -261,6 +261,10 @@ class _Job:
         needs: Needs,
         plan: Plan,
     ) -> None:
+        weight = student.weight_VD
+        if ROW_LOSSES[loss].width is not None and weight is not None and weight.stride(1) != 1:
+            # head rows are gathered, each in one piece: a transposed head is copied, once a call
+            student = student._replace(weight_VD=weight.contiguous())
         self.student, self.teacher, self.target_N = student, teacher, target_N
         self.row_weight_N, self.params, self.needs, self.plan = row_weight_N, params, needs, plan
         self.dtype, self.loss = row_weight_N.dtype, ROW_LOSSES[loss]

@@ -1,22 +1,13 @@
 """Launches all kernels on CPU tensors as on a GPU, up to the compiler; run as a program.
 
 Prints one JSON line a launch that would compile something: what `bench/kernel_builds.py` must
-have compiled. The compiler is replaced by one that takes notes, the device by a name. Numbers are
-those of nobody, since nothing runs.
+have compiled. The compiler is replaced by one that takes notes, the device by a name. Nothing runs.
 """
 
 import json
 from itertools import product
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
-
-from bidistill_kernels._rows import Chunk
-from bidistill_kernels._triton import bidirectional_kl, cross_entropy, jsd, sparse
-from bidistill_kernels._triton.launch import TritonLogits
-from bidistill_kernels.transform import LogitTransform
 
 C, V, D, K = 16, 4096, 64, 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,6 +23,8 @@ class Device:
         return 0
 
     def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
         return GPUTarget("cuda", 90, 32)
 
 
@@ -57,33 +50,55 @@ def take_note(kernel, key, signature, device, constexprs, options, attrs, warmup
     print(json.dumps(note))
 
 
-def logits(softcap, bias):
-    transform = LogitTransform(temperature=2.0, softcap=30.0 if softcap else None)
-    return TritonLogits(torch.zeros(C, V), torch.zeros(V) if bias else None, transform)
+def launch_dense():
+    """Losses with a gradient of the logits, and what sparse losses ask of logits."""
+    from bidistill_kernels._rows import Chunk
+    from bidistill_kernels._triton import bidirectional_kl, cross_entropy, jsd
+    from bidistill_kernels._triton.launch import TritonLogits
+    from bidistill_kernels.transform import LogitTransform
+
+    target_C = torch.zeros(C, dtype=torch.int64)
+    for softcap, bias, dtype in product((None, 30.0), (False, True), (None, *DTYPES)):
+        gradient_CV = None if dtype is None else torch.zeros(C, V, dtype=dtype)
+        bias_V = torch.zeros(V) if bias else None
+        student, teacher = (
+            TritonLogits(torch.zeros(C, V), bias_V, LogitTransform(softcap=cap))
+            for cap in (softcap, None)
+        )
+        chunk = Chunk(student, teacher, target_C, gradient_CV, gradient_CV is not None)
+        bidirectional_kl.rows(chunk, (0.5, 0.5, 0.1))
+        jsd.rows(chunk._replace(target_C=None), (0.5,))
+        cross_entropy.rows(chunk._replace(teacher=None), ())
+        if gradient_CV is not None:
+            student.softmax_gradient(torch.zeros(C), torch.zeros(C), gradient_CV)
+        student.log_sum_exp()
+        student.top(K)
+    for columns in (2**17, 2**18):  # more tiles to merge
+        TritonLogits(torch.zeros(2, columns), None, LogitTransform()).top(K)
 
 
-driver.set_active(Device())
-JITFunction._do_compile = take_note
+def launch_sparse():
+    """Products of heads with few ids a row, in all pairs of dtypes."""
+    from bidistill_kernels._triton import sparse
 
-target_C = torch.zeros(C, dtype=torch.int64)
-for softcap, bias, dtype in product((False, True), (False, True), (None, *DTYPES)):
-    gradient_CV = None if dtype is None else torch.zeros(C, V, dtype=dtype)
-    pair = logits(softcap, bias), logits(False, bias)
-    chunk = Chunk(*pair, target_C, gradient_CV, gradient_CV is not None)
-    bidirectional_kl.rows(chunk, (0.5, 0.5, 0.1))
-    jsd.rows(chunk._replace(target_C=None), (0.5,))
-    cross_entropy.rows(chunk._replace(teacher=None), ())
-    if gradient_CV is not None:
-        pair[0].softmax_gradient(torch.zeros(C), torch.zeros(C), gradient_CV)
-    pair[0].log_sum_exp()
-    pair[0].top(K)
-for columns in (V, 2**17, 2**18):
-    TritonLogits(torch.zeros(2, columns), None, LogitTransform()).top(K)
+    values_CK, ids_CK = torch.zeros(C, K), torch.zeros(C, K, dtype=torch.int64)
+    for hidden, head, bias_V in product(DTYPES, DTYPES, (None, torch.zeros(V))):
+        hidden_CD, head_VD = torch.zeros(C, D, dtype=hidden), torch.zeros(V, D, dtype=head)
+        sparse.gather_dot(hidden_CD, head_VD, ids_CK, bias_V)
+        sparse.sparse_dx(values_CK, ids_CK, head_VD, torch.zeros(C, D))
+        sparse.sparse_dw(values_CK, ids_CK, hidden_CD, head_VD)
+        sparse.sparse_dbias(values_CK, ids_CK, head_VD[:, 0])
 
-ids_CK = torch.zeros(C, K, dtype=torch.int64)
-for hidden, head, bias in product(DTYPES, DTYPES, (None, torch.zeros(V))):
-    hidden_CD, head_VD = torch.zeros(C, D, dtype=hidden), torch.zeros(V, D, dtype=head)
-    sparse.gather_dot(hidden_CD, head_VD, ids_CK, bias)
-    sparse.sparse_dx(torch.zeros(C, K), ids_CK, head_VD, torch.zeros(C, D))
-    sparse.sparse_dw(torch.zeros(C, K), ids_CK, hidden_CD, head_VD)
-    sparse.sparse_dbias(torch.zeros(C, K), ids_CK, head_VD[:, 0])
+
+def main():
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    driver.set_active(Device())
+    JITFunction._do_compile = take_note
+    launch_dense()
+    launch_sparse()
+
+
+if __name__ == "__main__":
+    main()

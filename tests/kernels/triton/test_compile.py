@@ -24,7 +24,8 @@ COMPILED = {
 # Loads and stores of less than 16 bytes, in a kernel for NVIDIA: a thread's part of a tile is eight
 # elements or more, what is no tile (a label, the sums of a row) is less
 MOST_NARROW = 7
-NARROW = {"sparse._sparse_dw_kernel": 19}  # token and value of eight entries are no tile either
+# token and value of eight entries are no tile either
+NARROW_LOADS = {"sparse._sparse_dw_kernel": 19}
 pytestmark = pytest.mark.slow
 
 
@@ -109,9 +110,11 @@ def test_tiles_are_read_and_written_16_bytes_at_a_time(found):
     narrow = [
         build
         for build in builds
-        for moves in (build["loads"], build["stores"])
-        if sum(count for size, count in moves.items() if int(size) < 16)
-        > NARROW.get(build["kernel"], MOST_NARROW)
+        for moves, most in (
+            (build["loads"], NARROW_LOADS.get(build["kernel"], MOST_NARROW)),
+            (build["stores"], MOST_NARROW),
+        )
+        if sum(count for size, count in moves.items() if int(size) < 16) > most
     ]
     assert not narrow, described(narrow, "loads", "stores")
     # the count is of something
