@@ -32,7 +32,7 @@ BLOCKS = {
     "log_sum_exp": _ONE,
     "softmax_gradient": _ONE,
 }
-# two programs of 8 warps an SM. Without it ptxas spills 8 or 16 bytes in about one variant of six,
+# two programs of 8 warps an SM. Without it ptxas spills 8 or 16 bytes in one build of eight,
 # to fit one program more; only CUDA has the option
 MAX_REGISTERS = 128
 # the loops hold no dot product: there is nothing that Triton would pipeline
