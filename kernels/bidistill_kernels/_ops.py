@@ -16,8 +16,17 @@ import torch
 from torch import Tensor
 
 from bidistill_kernels import lm_head
+from bidistill_kernels._head import (
+    Head,
+    LossRows,
+    Needs,
+    Plan,
+    gradient_dtype,
+    keeps_slab,
+    slab_shape,
+)
+from bidistill_kernels._head_gradients import head_gradients
 from bidistill_kernels._rows import ROW_LOSSES, TopK
-from bidistill_kernels.lm_head import Head, LossRows, Needs, Plan
 from bidistill_kernels.transform import LogitTransform
 
 _INPUTS = (
@@ -65,7 +74,7 @@ class Inputs(NamedTuple):
 
     def keeps_slab(self) -> bool:
         """Tell whether lm_head_rows keeps the gradient of the logits."""
-        return lm_head.keeps_slab(*self[:2], self.loss, Needs(*self.needs), self.backend)
+        return keeps_slab(*self[:2], self.loss, Needs(*self.needs), self.backend)
 
     def plan(self, *, weigh: bool) -> Plan:
         """Return the driver's plan."""
@@ -129,9 +138,9 @@ def _(*args: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
     hidden = new(inputs.student_hidden.shape) if inputs.needs[0] else new(0)
     slab, ids = new(0), new(0, dtype=torch.int64)
     if inputs.keeps_slab():
-        shape = lm_head.slab_shape(student, inputs.teacher(), inputs.loss, inputs.params)
+        shape = slab_shape(student, inputs.teacher(), inputs.loss, inputs.params)
         if ROW_LOSSES[inputs.loss].width is None:
-            dtype = lm_head.gradient_dtype(student, inputs.backend, inputs.row_weight.dtype)
+            dtype = gradient_dtype(student, inputs.backend, inputs.row_weight.dtype)
             slab = new(shape, dtype=dtype)
         else:
             slab, ids = new(shape), new(shape, dtype=torch.int64)
@@ -153,7 +162,7 @@ def lm_head_gradients(
     inputs = Inputs(*args)
     needs, plan = Needs(*inputs.needs), inputs.plan(weigh=False)
     student, kept = inputs.student(), (slab, ids)
-    return lm_head.head_gradients(student, kept, inputs.row_weight, upstream, needs, plan)
+    return head_gradients(student, kept, inputs.row_weight, upstream, needs, plan)
 
 
 @lm_head_gradients.register_fake

@@ -18,12 +18,24 @@ heads (one or two).
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple, TypeAlias, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from bidistill_kernels import _backends, _products
+from bidistill_kernels._head import (
+    Head,
+    LossRows,
+    Needs,
+    Plan,
+    Rows,
+    gradient_dtype,
+    keeps_slab,
+    kept_rows,
+    padded,
+    slab_shape,
+)
 from bidistill_kernels._rows import (
     ROW_LOSSES,
     Chunk,
@@ -33,120 +45,6 @@ from bidistill_kernels._rows import (
     TopK,
 )
 from bidistill_kernels._torch_rows import Gathered
-from bidistill_kernels.transform import LogitTransform
-
-
-class Head(NamedTuple):
-    """Hidden states and the head that turns them into logits; weight None: they are logits."""
-
-    hidden_ND: Tensor
-    weight_VD: Tensor | None
-    bias_V: Tensor | None
-    transform: LogitTransform
-
-    @property
-    def vocab(self) -> int:
-        """Number of ids that take part."""
-        V = self.hidden_ND.shape[-1] if self.weight_VD is None else self.weight_VD.shape[0]
-        return min(V, self.transform.vocab_limit or V)
-
-    def bias(self, dtype: torch.dtype) -> Tensor | None:
-        """Return the bias of the ids that take part."""
-        return None if self.bias_V is None else self.bias_V[: self.vocab].to(dtype)
-
-    def weight(self) -> Tensor:
-        """Return the head rows of the ids that take part."""
-        assert self.weight_VD is not None
-        return self.weight_VD[: self.vocab]
-
-    def project(self, rows: "Rows", out_CV: Tensor) -> None:
-        """Write the products of the given rows with the head, without the bias."""
-        hidden_CD = self.hidden_ND[rows]
-        if self.weight_VD is None:
-            out_CV.copy_(hidden_CD[:, : self.vocab])
-        else:
-            _products.project(hidden_CD, self.weight(), out_CV)
-
-
-class Needs(NamedTuple):
-    """Which gradients the caller needs."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-
-
-class Plan(NamedTuple):
-    """How the driver works, as far as the caller decides it."""
-
-    backend: str
-    chunk_bytes: int
-    all_rows: bool
-    """No row has weight 0, and nobody needs to look: no synchronisation with the device."""
-    weigh: bool
-    """The sums dW and dbias are wanted, over the rows' weights; else per-row gradients, of which
-    those of the logits are kept."""
-
-
-class LossRows(NamedTuple):
-    """Per-token results of the driver; 0 at rows of weight 0, size 0 where not asked for."""
-
-    loss_N: Tensor
-    stats_SN: Tensor
-    hidden_ND: Tensor
-    """Gradient of each row's loss, unweighted, in the dtype of the computation."""
-    weight_VD: Tensor
-    """Gradient of the weighted sum of the losses, if `Plan.weigh`."""
-    bias_V: Tensor
-    slab_NV: Tensor
-    """The kept gradient of raw logits: of a dense loss the first M rows and V columns, of a sparse
-    one the values (N, K). Unweighted, without the constant factor of the transform."""
-    ids_NK: Tensor
-
-
-Rows: TypeAlias = "slice | Tensor"  # a range of rows, or the listed ones
-
-
-def padded(V: int) -> int:
-    """Return the row stride of logits: rows start at multiples of 32 bytes in every dtype."""
-    return -(-V // 16) * 16
-
-
-def gradient_dtype(student: Head, backend: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the logits' gradient: the head's, for products of 16-bit operands."""
-    weight = student.weight_VD
-    return dtype if backend != "triton" or weight is None else weight.dtype
-
-
-def keeps_slab(
-    hidden_ND: Tensor, weight_VD: Tensor | None, loss: str, needs: Needs, backend: str
-) -> bool:
-    """Tell whether the gradient of all logits is kept until the upstream gradient is known.
-
-    It is while N rows of it take no more memory than one slab and the fp32 sum of dW would.
-    """
-    if not (needs.weight or needs.bias):
-        return False
-    if ROW_LOSSES[loss].width is not None:
-        return True
-    slab_bytes = _backends.sizes(backend, hidden_ND.device.type).slab_bytes
-    if slab_bytes == 0 or weight_VD is None:
-        return False
-    V, D = weight_VD.shape
-    slab = hidden_ND.shape[0] * padded(V) * weight_VD.dtype.itemsize
-    return slab <= slab_bytes + 4 * V * D
-
-
-def slab_shape(
-    student: Head, teacher: Head | TopK | None, loss: str, params: Sequence[float]
-) -> tuple[int, int]:
-    """Return the shape of `LossRows.slab_NV` where one is kept."""
-    # not len(), which fixes a symbolic size
-    N, width = student.hidden_ND.shape[0], ROW_LOSSES[loss].width
-    if width is None:
-        return N, padded(student.vocab)
-    stored = teacher.ids.shape[1] if isinstance(teacher, TopK) else 0
-    return N, width(params, student.vocab, stored)
 
 
 def run_chunks(
@@ -183,68 +81,6 @@ def logit_chunks(
         logits_CV = buffer_CV[: rows.stop - start, :V]
         head.project(rows, logits_CV)
         yield rows, module.logits(logits_CV, head.bias(dtype), head.transform)
-
-
-def kept_rows(row_weight_N: Tensor, all_rows: bool) -> Tensor | None:
-    """Return the rows that count, None for all; one synchronisation with the device, or none."""
-    return None if all_rows else row_weight_N.nonzero().squeeze(1)
-
-
-def head_gradients(
-    student: Head,
-    kept: tuple[Tensor, Tensor],
-    row_weight_N: Tensor,
-    upstream_N: Tensor,
-    needs: Needs,
-    plan: Plan,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradients of head and bias, in their dtypes, from the slab and ids that were kept.
-
-    `row_weight_N` is that of `run_chunks`; `upstream_N` weighs the rows that count.
-    """
-    slab, ids_NK = kept
-    hidden_MD, scale_M = student.hidden_ND, upstream_N * student.transform.factor
-    kept_M = kept_rows(row_weight_N, plan.all_rows)
-    if kept_M is not None:
-        # a row that was left out may hold anything, NaN too
-        hidden_MD, scale_M = hidden_MD[kept_M], scale_M[kept_M]
-    if ids_NK.numel() == 0:
-        gradient_MV = slab[: len(hidden_MD), : student.vocab]
-        return _dense_head_gradients(student, gradient_MV, hidden_MD, scale_M, needs)
-    backend, V = _backends.load(plan.backend), student.vocab
-    ids_MK, values_MK = (x if kept_M is None else x[kept_M] for x in (ids_NK, slab))
-    values_MK = values_MK * scale_M[:, None]
-    dw_VD, db_V = scale_M.new_empty(0), scale_M.new_empty(0)
-    if needs.weight and student.weight_VD is not None:
-        dw_VD = torch.zeros_like(student.weight_VD, memory_format=torch.contiguous_format)
-        backend.sparse_dw(values_MK, ids_MK, hidden_MD, dw_VD[:V])
-    if needs.bias and student.bias_V is not None:
-        db_V = torch.zeros_like(student.bias_V)
-        backend.sparse_dbias(values_MK, ids_MK, db_V[:V])
-    return dw_VD, db_V
-
-
-def _dense_head_gradients(
-    student: Head, gradient_MV: Tensor, hidden_MD: Tensor, scale_M: Tensor, needs: Needs
-) -> tuple[Tensor, Tensor]:
-    dw_VD, db_V = scale_M.new_empty(0), scale_M.new_empty(0)
-    if needs.weight and student.weight_VD is not None:
-        dtype = student.weight_VD.dtype
-        dw_VD = _products.weight_gradient(gradient_MV, hidden_MD, scale_M, dtype)
-        dw_VD = _unlimited(dw_VD, student.weight_VD)
-    if needs.bias and student.bias_V is not None:
-        total_V = scale_M.new_zeros(student.vocab)
-        _products.add_bias_gradient(gradient_MV, scale_M, total_V)
-        db_V = _unlimited(total_V.to(student.bias_V.dtype), student.bias_V)
-    return dw_VD, db_V
-
-
-def _unlimited(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """Add zeros for ids beyond the vocabulary limit."""
-    missing = len(parameter) - len(gradient)
-    if missing == 0:
-        return gradient
-    return torch.cat([gradient, gradient.new_zeros(missing, *gradient.shape[1:])])
 
 
 class _Job:
@@ -368,7 +204,7 @@ class _Job:
 
     def _project(self, rows: Rows, logits_HCV: Tensor) -> None:
         """Write the raw logits of both models, by one product if they share the head."""
-        if len(self.heads) == 2 and _same_weight(*self.heads):
+        if len(self.heads) == 2 and self.heads[0].shares_weight(self.heads[1]):
             hidden_HCD = torch.cat([head.hidden_ND[rows] for head in self.heads])
             _products.project(hidden_HCD, self.student.weight(), logits_HCV.flatten(0, 1))
             return
@@ -429,13 +265,3 @@ class _Job:
             self.out.hidden_ND[rows] = dx_CD
         if self.keeps:
             self.out.slab_NV[rows], self.out.ids_NK[rows] = values_CK, ids_CK
-
-
-def _same_weight(one: Head, other: Head) -> bool:
-    """Tell whether both heads read the same memory; two tensors may."""
-    a, b = one.weight_VD, other.weight_VD
-    if a is None or b is None or one.hidden_ND.dtype != other.hidden_ND.dtype:
-        return False
-    return (a.data_ptr(), a.stride(), a.dtype, one.vocab) == (
-        *(b.data_ptr(), b.stride(), b.dtype, other.vocab),
-    )

@@ -29,6 +29,7 @@ from typing_extensions import Unpack
 
 from bidistill_kernels import _backends
 from bidistill_kernels._checks import Side, check_choice, check_number, check_side
+from bidistill_kernels._head import Head
 from bidistill_kernels._loss import (
     LinearRowOptions,
     LossModule,
@@ -46,7 +47,7 @@ from bidistill_kernels._rows import (
     row_function,
 )
 from bidistill_kernels._stored import Stored
-from bidistill_kernels.lm_head import Head, logit_chunks
+from bidistill_kernels.lm_head import logit_chunks
 from bidistill_kernels.transform import LogitTransform
 
 Tail: TypeAlias = Literal["bucket", "renormalize"]
