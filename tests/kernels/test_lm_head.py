@@ -19,7 +19,6 @@ from bidistill_kernels import (
     lm_head,
 )
 from tests.kernels.cases import (
-    BACKENDS,
     CASES,
     DEVICE,
     Inputs,
@@ -61,6 +60,8 @@ def check(case, inputs, dtype, **options):
 @each_case
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(case, shape, backend):
+    if backend == "triton" and DEVICE.type == "cpu":
+        shape = min(shape[0], 5), min(shape[1], 10_000)  # interpreted; test_dense.py has larger
     check(case, make_inputs(*shape), torch.float32, backend=backend)
 
 
@@ -80,38 +81,44 @@ def test_matches_reference_in_other_dtypes(case, dtype, backend, monkeypatch):
     check(case, make_inputs(7, 1423), dtype, chunk_bytes=3 * 8 * 1423, backend=backend)
 
 
-# slab_bytes of the back-end, reduction: what happens to the gradient of the logits
+# rows of a slab, reduction: what happens to the gradient of the logits
 SLABS = {
-    "kept": (1 << 30, "mean"),
-    "kept, none": (1 << 30, "none"),
-    "summed slab by slab": (7 * 2 * 2 * 304, "sum"),
-    "recomputed": (7 * 2 * 2 * 304, "none"),
+    "kept": (1000, "mean"),
+    "kept, none": (1000, "none"),
+    "summed slab by slab": (10, "sum"),
+    "recomputed": (10, "none"),
     "summed chunk by chunk": (0, "mean"),
 }
+SLAB_CASES = [
+    *(("kl_and_ce", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+    ("jsd", torch.bfloat16),
+    ("bounded", torch.float32),
+    ("bounded", torch.bfloat16),
+    ("cross_entropy", torch.float16),
+]
 
 
-@pytest.mark.parametrize("name", ["kl_and_ce", "jsd", "bounded", "cross_entropy"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("slab_bytes", "reduction"), SLABS.values(), ids=SLABS)
-def test_every_way_of_the_logit_gradient(name, dtype, slab_bytes, reduction, backend, monkeypatch):
-    """300 ids of which 290 take part, several chunks and slabs, ignored rows, head and bias."""
-    table = dict.fromkeys(BACKENDS, 2 * 2 * 304 * 5)
+@pytest.mark.parametrize(("name", "dtype"), SLAB_CASES, ids=str)
+@pytest.mark.parametrize(("slab_rows", "reduction"), SLABS.values(), ids=SLABS)
+def test_every_way_of_the_logit_gradient(name, dtype, slab_rows, reduction, backend, monkeypatch):
+    """300 ids of which 290 take part, chunks of 5 rows, ignored rows, head and bias."""
     sizes = _backends.sizes
-    monkeypatch.setattr(
-        _backends,
-        "sizes",
-        lambda *args: sizes(*args)._replace(chunk_bytes=table[backend], slab_bytes=slab_bytes),
-    )
+
+    def small(*args):
+        slab_bytes = slab_rows * 304 * dtype.itemsize if sizes(*args).slab_bytes else 0
+        return sizes(*args)._replace(chunk_bytes=2 * 304 * 4 * 5, slab_bytes=slab_bytes)
+
+    monkeypatch.setattr(_backends, "sizes", small)
     case = CASES[name]
-    # N is too large for its gradient to be kept unless slab_bytes is: 2 N V > 4 V D
-    inputs = make_inputs(40, 300, D=6, E=6, seed=3)
+    # so narrow that a slab of 10 rows and the sum of dW take less memory than a slab of all
+    inputs = make_inputs(16, 300, D=2, E=2, seed=3)
     inputs.target.clamp_(max=289)
     transform = LogitTransform(vocab_limit=290, scale=0.5, softcap=20.0)
     limits = {"student_transform": transform}
     if case.has_teacher:
         limits["teacher_transform"] = transform
     bias64 = torch.randn(300, dtype=torch.float64, device=DEVICE).to(dtype).double()
-    weight = torch.linspace(0.2, 1.2, 40, device=DEVICE)
+    weight = torch.linspace(0.2, 1.2, 16, device=DEVICE)
     rounded = inputs.to(dtype)
     bias = bias64.to(dtype).requires_grad_()
     options = {"student_bias": bias, "token_weight": weight, "reduction": reduction, **limits}
