@@ -144,6 +144,35 @@ def test_every_way_of_the_logit_gradient(name, dtype, slab_rows, reduction, back
         assert_close(what, got, wanted, own.to(got.dtype))
 
 
+# rows of each product of the head's gradient, of 14 that count
+WEIGHT_PRODUCTS = {
+    "kept": [14],
+    "kept, none": [14],
+    "summed slab by slab": [10, 4],
+    "recomputed": [10, 4],
+    "summed chunk by chunk": [5, 5, 4],
+}
+
+
+@pytest.mark.parametrize("way", SLABS)
+def test_the_head_meets_as_many_rows_as_a_slab_has(way, monkeypatch):
+    pytest.importorskip("triton", reason="slabs are the Triton back-end's")
+    products, add = [], _products.add_weight_gradient
+
+    def spy(gradient, *args):
+        products.append(len(gradient))
+        return add(gradient, *args)
+
+    monkeypatch.setattr(_products, "add_weight_gradient", spy)
+    (slab_rows, reduction), sizes = SLABS[way], _backends.sizes
+    few = {"chunk_bytes": 2 * 304 * 4 * 5, "slab_bytes": slab_rows * 304 * 4}
+    monkeypatch.setattr(_backends, "sizes", lambda *args: sizes(*args)._replace(**few))
+    inputs = make_inputs(16, 300, D=2, E=2, seed=3).to(torch.float32)
+    assert (inputs.target != -100).sum() == 14
+    fused(CASES["jsd"], inputs, backend="triton", reduction=reduction).sum().backward()
+    assert products == WEIGHT_PRODUCTS[way]
+
+
 @each_kind
 def test_strided_inputs(case, backend):
     inputs = make_inputs(7, 1423).to(torch.float32)
