@@ -155,8 +155,8 @@ WEIGHT_PRODUCTS = {
 
 
 @pytest.mark.parametrize("way", SLABS)
-def test_the_head_meets_as_many_rows_as_a_slab_has(way, monkeypatch):
-    pytest.importorskip("triton", reason="slabs are the Triton back-end's")
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)  # slabs are its alone
+def test_the_head_meets_as_many_rows_as_a_slab_has(way, backend, monkeypatch):
     products, add = [], _products.add_weight_gradient
 
     def spy(gradient, *args):
@@ -169,7 +169,7 @@ def test_the_head_meets_as_many_rows_as_a_slab_has(way, monkeypatch):
     monkeypatch.setattr(_backends, "sizes", lambda *args: sizes(*args)._replace(**few))
     inputs = make_inputs(16, 300, D=2, E=2, seed=3).to(torch.float32)
     assert (inputs.target != -100).sum() == 14
-    fused(CASES["jsd"], inputs, backend="triton", reduction=reduction).sum().backward()
+    fused(CASES["jsd"], inputs, backend=backend, reduction=reduction).sum().backward()
     assert products == WEIGHT_PRODUCTS[way]
 
 
