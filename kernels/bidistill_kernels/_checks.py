@@ -70,6 +70,39 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
+def check_target(target: Tensor | None) -> None:
+    """Refuse a loss of labels without any."""
+    if target is None:
+        raise ValueError(
+            "target: got None with cross-entropy, expected token ids; pass target, or "
+            "cross_entropy=0"
+        )
+
+
+def check_weight(name: str, weight: Tensor | None) -> None:
+    """Refuse a head that is missing."""
+    if weight is None:
+        raise TypeError(
+            f"{name}_weight: got None, expected the head's weight; for logits that exist take the "
+            "function without linear_"
+        )
+
+
+def check_num_items(num_items: float | Tensor | None, reduction: str) -> None:
+    """Refuse a divisor that divides nothing, or not everything alike."""
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"num_items: got one with reduction={reduction!r}, expected 'mean'")
+    if not isinstance(num_items, Tensor):
+        check_number("num_items", num_items, 0, open_ends=True)
+    elif num_items.ndim:
+        raise ValueError(
+            f"num_items: got shape {tuple(num_items.shape)}, expected a scalar; the number of rows "
+            "of all ranks and steps"
+        )
+
+
 def check_tensors(
     student: Side, teacher: Side | None, target: Tensor | None, token_weight: Tensor | None
 ) -> None:
@@ -79,10 +112,14 @@ def check_tensors(
     if teacher is not None:
         _check_pair(student, teacher)
     if target is not None:
+        _check_tensor("target", target)
         _check_rows("target", target, student)
         if target.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"target: got {target.dtype}, expected int64 token ids")
     if token_weight is not None:
+        _check_tensor("token_weight", token_weight)
+        if token_weight.is_complex():
+            raise TypeError(f"token_weight: got {token_weight.dtype}, expected real numbers")
         _check_rows("token_weight", token_weight, student)
         if token_weight.requires_grad and torch.is_grad_enabled():
             raise ValueError(
@@ -95,8 +132,7 @@ def check_top_k(stored: TopK, student: Side) -> None:
     """Refuse a stored teacher of the wrong shape, dtype or device."""
     N, ids, values = student.hidden.shape[0], stored.ids, stored.values
     for name, tensor in (("teacher.ids", ids), ("teacher.values", values)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
+        _check_tensor(name, tensor)
         if tensor.ndim != 2 or tensor.shape[0] != N or tensor.shape[1] == 0:
             raise ValueError(
                 f"{name}: got shape {tuple(tensor.shape)}, expected ({N}, K), a row for each of "
@@ -123,9 +159,13 @@ def check_top_k(stored: TopK, student: Side) -> None:
         )
 
 
-def _check_kind(name: str, tensor: Tensor, beside: Tensor) -> None:
+def _check_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
+
+
+def _check_kind(name: str, tensor: Tensor, beside: Tensor) -> None:
+    _check_tensor(name, tensor)
     if hasattr(tensor, "to_local"):
         raise TypeError(
             f"{name}: got a DTensor, expected a plain tensor; call the loss inside the root "
@@ -144,6 +184,14 @@ def _check_kind(name: str, tensor: Tensor, beside: Tensor) -> None:
 
 def check_side(side: Side, beside: Tensor) -> None:
     """Refuse one model's tensors: their kinds, shapes, and other devices than that of `beside`."""
+    if not isinstance(side.transform, LogitTransform):
+        got = type(side.transform).__name__
+        raise TypeError(f"{side.name}_transform: got {got}, expected a LogitTransform")
+    _check_tensor(side.rows_name, side.hidden)
+    if side.weight is None and side.bias is not None:
+        raise ValueError(
+            f"{side.name}_bias: got one beside {side.rows_name}, expected none; add it to them"
+        )
     for name, tensor in side.tensors().items():
         _check_kind(name, tensor, beside)
     hidden, weight, bias = side.hidden, side.weight, side.bias

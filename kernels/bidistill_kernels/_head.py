@@ -40,7 +40,8 @@ class Head(NamedTuple):
         a, b = self.weight_VD, other.weight_VD
         if a is None or b is None or self.hidden_ND.dtype != other.hidden_ND.dtype:
             return False
-        return (a.data_ptr(), a.stride(), a.dtype) == (b.data_ptr(), b.stride(), b.dtype)
+        alike = a.shape[1] == b.shape[1] and a.stride() == b.stride() and a.dtype == b.dtype
+        return alike and a.data_ptr() == b.data_ptr()
 
     def weight(self) -> Tensor:
         """Return the head rows of the ids that take part."""
@@ -100,7 +101,8 @@ def padded(V: int) -> int:
 def gradient_dtype(student: Head, backend: str, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the logits' gradient: the head's, for products of 16-bit operands."""
     weight = student.weight_VD
-    return dtype if backend != "triton" or weight is None else weight.dtype
+    halves = weight is not None and weight.dtype in _products.HALVES
+    return weight.dtype if halves and weight is not None and backend == "triton" else dtype
 
 
 def keeps_slab(
@@ -110,13 +112,11 @@ def keeps_slab(
 
     It is while N rows of it take no more memory than one slab and the fp32 sum of dW would.
     """
-    if not (needs.weight or needs.bias):
-        return False
     if ROW_LOSSES[loss].width is not None:
-        return True
+        return needs.weight or needs.bias
     slab_bytes = _backends.sizes(backend, hidden_ND.device.type).slab_bytes
-    if slab_bytes == 0 or weight_VD is None:
-        return False
+    if slab_bytes == 0 or weight_VD is None or not needs.weight:
+        return False  # the bias alone is a sum over rows, which needs no slab
     V, D = weight_VD.shape
     slab = hidden_ND.shape[0] * padded(V) * weight_VD.dtype.itemsize
     return slab <= slab_bytes + 4 * V * D

@@ -1,7 +1,7 @@
 """What every public loss shares: its options, the checks, the call of the operation, reduction."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Integer
@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from bidistill_kernels import _backends, _ops
-from bidistill_kernels._checks import Side, check_choice, check_number, check_tensors, check_top_k
+from bidistill_kernels._checks import (
+    Side,
+    check_choice,
+    check_num_items,
+    check_number,
+    check_tensors,
+    check_top_k,
+    check_weight,
+)
 from bidistill_kernels._rows import ROW_LOSSES, TopK
 from bidistill_kernels.transform import LogitTransform
 
@@ -38,6 +46,8 @@ class Stats(NamedTuple):
 # Tensor, or with return_stats a pair (Tensor, Stats): spelled as a union, a type checker would
 # refuse loss.backward()
 Output: TypeAlias = Any
+# (hidden, weight), or (logits,)
+Model: TypeAlias = tuple[Tensor, Tensor | None] | tuple[Tensor]
 
 
 class RowOptions(TypedDict, total=False):
@@ -49,7 +59,7 @@ class RowOptions(TypedDict, total=False):
     """Weight of each row, a constant; rows of weight 0 are left out and cost nothing."""
     ignore_index: int | None
     """Rows with this target (default -100) are left out and cost nothing. None: there are none,
-    which spares an accelerator the one synchronisation that finding them takes."""
+    which, without `token_weight`, spares an accelerator the synchronisation of finding them."""
     reduction: Literal["mean", "sum", "none"]
     """"mean" (default): weighted sum / `num_items`. "none": weighted loss of each row; with a
     trained head it may cost a second projection in backward (kernels/README.md)."""
@@ -85,14 +95,14 @@ class LinearPairOptions(PairOptions, total=False):
     student_bias: Float[Tensor, "V"] | None
     """Bias of the student's head."""
     teacher_bias: Float[Tensor, "V"] | None
-    """Bias of the teacher's head; -inf masks an id."""
+    """Bias of the teacher's head; -inf masks an id, unless a soft-cap makes it finite."""
 
 
 def fused_loss(
     loss: str,
     params: list[float],
-    student: tuple[Tensor, Tensor | None],
-    teacher: tuple[Tensor | TopK, Tensor | None] | None,
+    student: Model,
+    teacher: Model | TopK | None,
     target: Integer[Tensor, "N"] | None,
     *,
     student_bias: Tensor | None = None,
@@ -107,52 +117,36 @@ def fused_loss(
     backend: str = "auto",
     return_stats: bool = False,
 ) -> Output:
-    """Check, call the operation and reduce.
-
-    A model is (hidden, weight), (logits, None) or, stored, (TopK, None).
-    """
+    """Check, call the operation and reduce; a model is (hidden, weight), (logits,) or a TopK."""
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    if num_items is not None and reduction != "mean":
-        raise ValueError(f"num_items: got one with reduction={reduction!r}, expected 'mean'")
-    pupil = Side("student", *student, student_bias, student_transform)
+    check_num_items(num_items, reduction)
+    if ignore_index is not None:
+        check_number("ignore_index", ignore_index, -(2**63), whole=True)
+    pupil = _side("student", student, student_bias, student_transform)
     tutor, stored = None, None
-    if teacher is not None and isinstance(teacher[0], TopK):
-        stored = teacher[0]
+    if isinstance(teacher, TopK):
+        stored = teacher
     elif teacher is not None:
-        hidden, weight = teacher
-        tutor = Side("teacher", cast(Tensor, hidden), weight, teacher_bias, teacher_transform)
-    if tutor is None and (teacher_bias is not None or teacher_transform is not _IDENTITY):
-        raise TypeError(f"teacher_transform: got one, expected none; {loss} has no teacher logits")
+        tutor = _side("teacher", teacher, teacher_bias, teacher_transform)
+    if tutor is None:
+        _refuse_teacher_options(teacher_bias, teacher_transform)
     check_tensors(pupil, tutor, target, token_weight)
     if stored is not None:
         check_top_k(stored, pupil)
-    pupil, tutor = _as_autocast(pupil), None if tutor is None else _as_autocast(tutor)
-    backend = _backends.resolve(backend, pupil.hidden.device, pupil.hidden.dtype)
-    if chunk_bytes is None:
-        chunk_bytes = _backends.sizes(backend, pupil.hidden.device.type).chunk_bytes
-    check_number("chunk_bytes", chunk_bytes, 1, whole=True)
+    pupil, tutor = as_autocast(pupil), None if tutor is None else as_autocast(tutor)
+    backend, chunk_bytes = settings(pupil.hidden, backend, chunk_bytes)
 
     weight_N = _row_weight(pupil.hidden, target, token_weight, ignore_index)
     all_rows = token_weight is None and (target is None or ignore_index is None)
     if reduction == "mean":
         weight_N = weight_N / _divisor(weight_N, num_items, all_rows=all_rows)
-    parts = pupil[1:4]
+    others = (None, None, None) if tutor is None else tutor[1:4]
+    packed = pupil.transform.pack(), (tutor or pupil).transform.pack()
     wants = torch.is_grad_enabled()
-    inputs = _ops.Inputs(
-        *parts,
-        *((None, None, None) if tutor is None else tutor[1:4]),
-        None,
-        target,
-        weight_N,
-        loss,
-        params,
-        pupil.transform.pack(),
-        (pupil if tutor is None else tutor).transform.pack(),
-        backend,
-        chunk_bytes,
-        all_rows,
-        [wants and x is not None and x.requires_grad for x in parts],
-    )
+    needs = [wants and x is not None and x.requires_grad for x in pupil[1:4]]
+    rows = None, target, weight_N, loss, params
+    run = backend, chunk_bytes, all_rows, needs
+    inputs = _ops.Inputs(*pupil[1:4], *others, *rows, *packed, *run)
     if stored is not None:
         inputs = inputs._replace(teacher_hidden=stored.values, teacher_ids=stored.ids)
     result, per_token_N, stats_SN = _call(inputs, reduction)
@@ -160,6 +154,30 @@ def fused_loss(
         return result
     named = dict(zip(ROW_LOSSES[loss].stats, stats_SN.detach().unbind(), strict=True))
     return result, Stats(per_token_N.detach(), **named)
+
+
+def _side(name: str, model: Model, bias: Tensor | None, transform: LogitTransform) -> Side:
+    hidden, *weight = model
+    if weight:
+        check_weight(name, weight[0])
+    return Side(name, hidden, weight[0] if weight else None, bias, transform)
+
+
+def _refuse_teacher_options(bias: Tensor | None, transform: LogitTransform) -> None:
+    why = "this teacher has no head: it is stored, or the loss has none"
+    if bias is not None:
+        raise TypeError(f"teacher_bias: got one, expected none; {why}")
+    if transform is not _IDENTITY:
+        raise TypeError(f"teacher_transform: got one, expected none; {why}")
+
+
+def settings(hidden: Tensor, backend: str, chunk_bytes: int | None) -> tuple[str, int]:
+    """Return the back-end and the bytes of a chunk that a call gets."""
+    backend = _backends.resolve(backend, hidden.device, hidden.dtype)
+    if chunk_bytes is None:
+        chunk_bytes = _backends.sizes(backend, hidden.device.type).chunk_bytes
+    check_number("chunk_bytes", chunk_bytes, 1, whole=True)
+    return backend, chunk_bytes
 
 
 def _call(inputs: _ops.Inputs, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,13 +195,16 @@ def _call(inputs: _ops.Inputs, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
     return torch.dot(per_token_N, inputs.row_weight), per_token_N, stats_SN
 
 
-def _as_autocast(side: Side) -> Side:
+def as_autocast(side: Side) -> Side:
     """Cast what an accelerator multiplies as autocast would; logits stay fp32.
 
-    On CPU 16-bit products gain nothing, and the tensors are used as they are.
+    On CPU 16-bit products gain nothing, and the tensors are used as they are. Autocast leaves fp64
+    alone.
     """
-    device = side.hidden.device.type
+    device, hidden = side.hidden.device.type, side.hidden
     if device == "cpu" or side.weight is None or not torch.is_autocast_enabled(device):
+        return side
+    if torch.float64 in (hidden.dtype, side.weight.dtype):
         return side
     dtype = torch.get_autocast_dtype(device)
     return side._replace(hidden=side.hidden.to(dtype), weight=side.weight.to(dtype))
@@ -205,6 +226,8 @@ def _row_weight(
 def _divisor(
     weight_N: Tensor, num_items: float | Tensor | None, *, all_rows: bool
 ) -> float | Tensor:
+    if isinstance(num_items, Tensor):
+        return num_items.detach().to(weight_N.dtype)
     if num_items is not None:
         return num_items
     if all_rows:

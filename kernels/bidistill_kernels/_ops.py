@@ -5,9 +5,11 @@ bidistill::lm_head_rows       the loss of each row and all that its gradients ne
 bidistill::lm_head_loss       weighted sum of a dense loss over the rows with its gradients, for
                               trained heads whose logit gradient is too large to be kept
 bidistill::lm_head_gradients  the head's gradients from what lm_head_rows kept; no autograd
+bidistill::top_log_probs      a teacher's best ids and their log-probabilities; no autograd
 
-All serve every loss: `loss` names a row function of `_rows.ROW_LOSSES`, so a new loss needs no new
-operation. Shapes: N tokens, S statistics of the loss, V vocabulary, D width, K ids a row.
+The first three serve every loss: `loss` names a row function of `_rows.ROW_LOSSES`, so a new loss
+needs no new operation. Shapes: N tokens, S statistics of the loss, V vocabulary, D width, K ids a
+row.
 """
 
 from typing import Any, NamedTuple
@@ -25,7 +27,7 @@ from bidistill_kernels._head import (
     keeps_slab,
     slab_shape,
 )
-from bidistill_kernels._head_gradients import head_gradients
+from bidistill_kernels._head_gradients import Kept, Shape, head_gradients
 from bidistill_kernels._rows import ROW_LOSSES, TopK
 from bidistill_kernels.transform import LogitTransform
 
@@ -150,44 +152,81 @@ def _(*args: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
 @torch.library.custom_op(
     "bidistill::lm_head_gradients",
     mutates_args=(),
-    schema=f"(Tensor slab, Tensor ids, Tensor upstream, {_INPUTS}) -> (Tensor, Tensor)",
+    schema=(
+        "(Tensor slab, Tensor ids, Tensor hidden, Tensor row_weight, Tensor scale, "
+        "int[] weight_size, ScalarType weight_dtype, int[] bias_size, ScalarType bias_dtype, "
+        "int vocab, bool sparse, str backend, bool all_rows) -> (Tensor, Tensor)"
+    ),
 )
 def lm_head_gradients(
     slab: Tensor,
     ids: Tensor,
-    upstream: Tensor,
-    *args: Any,  # noqa: ANN401
+    hidden: Tensor,
+    row_weight: Tensor,
+    scale: Tensor,
+    weight_size: list[int],
+    weight_dtype: torch.dtype,
+    bias_size: list[int],
+    bias_dtype: torch.dtype,
+    *settings: Any,  # noqa: ANN401
 ) -> tuple[Tensor, ...]:
-    """Return dW and dbias of the rows weighed by `upstream`, in the dtypes of head and bias."""
-    inputs = Inputs(*args)
-    needs, plan = Needs(*inputs.needs), inputs.plan(weigh=False)
-    student, kept = inputs.student(), (slab, ids)
-    return head_gradients(student, kept, inputs.row_weight, upstream, needs, plan)
+    """Return dW and dbias of the rows weighed by `scale`; an empty size stands for not needed."""
+    kept = Kept(slab, ids, hidden, row_weight, *settings)
+    weight = Shape(weight_size, weight_dtype) if weight_size else None
+    bias = Shape(bias_size, bias_dtype) if bias_size else None
+    return head_gradients(kept, scale, weight, bias)
 
 
 @lm_head_gradients.register_fake
-def _(slab: Tensor, ids: Tensor, upstream: Tensor, *args: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
-    inputs = Inputs(*args)
-    primals = zip(inputs[1:3], inputs.needs[1:], strict=True)
-    empty = upstream.new_empty
-    return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format)
-        if need and x is not None
-        else empty(0)
-        for x, need in primals
-    )
+def _(*args: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+    scale, (weight_size, weight_dtype, bias_size, bias_dtype) = args[4], args[5:9]
+    new = scale.new_empty
+    dw = new(weight_size, dtype=weight_dtype) if weight_size else new(0)
+    return dw, new(bias_size, dtype=bias_dtype) if bias_size else new(0)
+
+
+@torch.library.custom_op(
+    "bidistill::top_log_probs",
+    mutates_args=(),
+    schema=(
+        "(Tensor hidden, Tensor? weight, Tensor? bias, int k, float[] transform, str backend, "
+        "int chunk_bytes) -> (Tensor, Tensor)"
+    ),
+)
+def top_log_probs(
+    hidden: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    k: int,
+    transform: list[float],
+    backend: str,
+    chunk_bytes: int,
+) -> tuple[Tensor, ...]:
+    """Return the k best ids of each row and their log-probabilities, (N, k); constants."""
+    head, dtype = Head(hidden, weight, bias, LogitTransform.unpack(transform)), _computed(hidden)
+    return tuple(lm_head.best_ids(head, k, dtype, backend, chunk_bytes))
+
+
+@top_log_probs.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor, k: int, *_: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+    shape = hidden.shape[0], k
+    dtype = _computed(hidden)
+    return hidden.new_empty(shape, dtype=torch.int64), hidden.new_empty(shape, dtype=dtype)
+
+
+def _computed(hidden: Tensor) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)
 
 
 _NONE = (None,) * len(Inputs._fields)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], *saved: Tensor | None) -> None:  # noqa: ANN401
+def _save(ctx: Any, inputs: Inputs, *saved: Tensor | None) -> None:  # noqa: ANN401
     # autograd would fill a zero upstream gradient for every output, one as large as dW among them
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*saved)
-    named = Inputs(*inputs)
-    ctx.needs = named.needs
-    ctx.dtypes = [None if x is None else x.dtype for x in named[:3]]
+    ctx.needs = inputs.needs
+    ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
 
 
 def _returned(ctx: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:  # noqa: ANN401
@@ -206,7 +245,7 @@ def _refuse_second_derivative() -> None:
 
 
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
-    _save(ctx, inputs, *output[3:])
+    _save(ctx, Inputs(*inputs), *output[3:])
 
 
 def _backward_loss(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
@@ -220,15 +259,17 @@ def _backward_loss(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tupl
 
 def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
     named = Inputs(*inputs)
+    student = named.student()
     ctx.keeps = named.keeps_slab()
     # without a slab the head's gradients need all of the inputs once more
     ctx.again = not ctx.keeps and (named.needs[1] or named.needs[2])
-    # of the inputs, the head's gradients from a slab need the student's and the weights
-    first = named[:9] if ctx.again else (*named[:3], *(None,) * 5, named.row_weight)
-    if not (ctx.keeps or ctx.again):
-        first = (None,) * 8 + (named.row_weight,)
-    _save(ctx, inputs, *first, *output[2:])
+    tensors = named[:8] if ctx.again else (student.hidden_ND if ctx.keeps else None,) + (None,) * 7
+    _save(ctx, named, *tensors, named.row_weight, *output[2:])
     ctx.settings = named[9:-1]
+    # from a slab they need of head and bias the shapes alone
+    ctx.sizes = [[] if x is None else list(x.shape) for x in named[1:3]]
+    ctx.factor, sparse = student.transform.factor, ROW_LOSSES[named.loss].width is not None
+    ctx.kept = student.vocab, sparse, named.backend, named.all_rows
 
 
 def _backward_rows(ctx: Any, upstream_N: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
@@ -236,17 +277,19 @@ def _backward_rows(ctx: Any, upstream_N: Tensor | None, *_: Tensor | None) -> tu
         return _NONE
     _refuse_second_derivative()
     *tensors, row_weight_N, dx_ND, slab, ids = ctx.saved_tensors
+    needs = ctx.needs
     # rows that were left out are constants, whatever the upstream gradient holds there
     upstream_N = torch.where(row_weight_N == 0, 0, upstream_N)
-    dx_ND = dx_ND * upstream_N[:, None] if ctx.needs[0] else dx_ND
+    dx_ND = dx_ND * upstream_N[:, None] if needs[0] else dx_ND
     head = (upstream_N, upstream_N)
-    needs = [False, *ctx.needs[1:]]
-    if ctx.again:
-        inputs = (*tensors, upstream_N, *ctx.settings, needs)
-        head = lm_head_loss(*inputs)[4:]
-    elif ctx.keeps:
-        inputs = (*tensors, row_weight_N, *ctx.settings, needs)
-        head = lm_head_gradients(slab, ids, upstream_N, *inputs)
+    if ctx.again and (needs[1] or needs[2]):
+        head = lm_head_loss(*tensors, upstream_N, *ctx.settings, [False, *needs[1:]])[4:]
+    elif ctx.keeps and (needs[1] or needs[2]):
+        shapes: list[Any] = []
+        for size, dtype, need in zip(ctx.sizes, ctx.dtypes[1:], needs[1:], strict=True):
+            shapes += [size if need else [], dtype or upstream_N.dtype]
+        rows = slab, ids, tensors[0], row_weight_N, upstream_N * ctx.factor
+        head = lm_head_gradients(*rows, *shapes, *ctx.kept)
     return _returned(ctx, (dx_ND, *head))
 
 

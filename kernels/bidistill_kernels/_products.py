@@ -12,14 +12,16 @@ from torch import Tensor
 
 # Rows of a 16-bit head converted at a time
 SLAB_ROWS = 4096
-_HALVES = (torch.bfloat16, torch.float16)
+# before, torch wants a sum of 16 bits where the operands have them
+_SUMS_IN_FP32 = torch.__version__ >= "2.11"  # compared as versions
+HALVES = (torch.bfloat16, torch.float16)
 # CUDA only; 16-bit products rounded to 16 bits would cost 16 to 80 % of a distillation gradient
 _HAS_FP32_OUT = "dtype_out" in torch.ops.aten.mm.overloads()
 
 
 def keeps_halves(a: Tensor, b: Tensor) -> bool:
     """Tell whether the device multiplies these 16-bit operands into fp32."""
-    if not (_HAS_FP32_OUT and a.is_cuda and a.dtype == b.dtype and a.dtype in _HALVES):
+    if not (_HAS_FP32_OUT and a.is_cuda and a.dtype == b.dtype and a.dtype in HALVES):
         return False
     return torch.cuda.get_device_capability(a.device)[0] >= 8
 
@@ -66,7 +68,7 @@ def add_weight_gradient(
         out_VD.addmm_(gradient_CV.T, x_CD)
         return
     half_CD, peak = _scaled(hidden_CD, scale_C, dtype)
-    if keeps_halves(gradient_CV, half_CD) and peak is None:
+    if _SUMS_IN_FP32 and peak is None and keeps_halves(gradient_CV, half_CD):
         torch.addmm(out_VD, gradient_CV.T, half_CD, out_dtype=out_VD.dtype, out=out_VD)
         return
     for start in range(0, len(out_VD), SLAB_ROWS):
@@ -79,10 +81,9 @@ def weight_gradient(
     gradient_CV: Tensor, hidden_CD: Tensor, scale_C: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Return gradient.T @ (scale * hidden) in `dtype`: one product, one rounding."""
-    if gradient_CV.dtype == dtype and dtype in _HALVES:
-        half_CD, peak = _scaled(hidden_CD, scale_C, dtype)
-        out_VD = torch.mm(gradient_CV.T, half_CD)
-        return out_VD if peak is None else out_VD.mul_(peak)
+    if gradient_CV.dtype == dtype == torch.bfloat16:
+        return torch.mm(gradient_CV.T, _scaled(hidden_CD, scale_C, dtype)[0])
+    # in fp16 the product may overflow before it is multiplied by what was taken out
     out_VD = scale_C.new_zeros(gradient_CV.shape[1], hidden_CD.shape[1])
     add_weight_gradient(gradient_CV, hidden_CD, scale_C, out_VD)
     return out_VD.to(dtype)
@@ -94,7 +95,7 @@ def _scaled(hidden_CD: Tensor, scale_C: Tensor, dtype: torch.dtype) -> tuple[Ten
     fp16 has no room for scales like 1 / tokens: a power of two, which is exact, is taken out.
     """
     x_CD, peak = hidden_CD.to(scale_C.dtype), None
-    if dtype == torch.float16:
+    if dtype == torch.float16 and len(scale_C):
         top = scale_C.abs().amax().clamp(min=torch.finfo(scale_C.dtype).tiny)
         peak = torch.exp2(torch.frexp(top).exponent.to(scale_C.dtype))
         scale_C = scale_C / peak

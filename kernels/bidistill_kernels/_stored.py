@@ -1,11 +1,14 @@
-"""A chunk of a stored teacher with its absent entries made harmless. Shapes: C rows, K ids."""
+"""Stored teachers: made from a chunk of logits, and read with absent entries made harmless.
+
+Shapes: C rows, P outcomes, K ids.
+"""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bidistill_kernels._rows import TopK
+from bidistill_kernels._rows import Logits, TopK
 
 
 class Stored(NamedTuple):
@@ -36,3 +39,17 @@ class Stored(NamedTuple):
         """Take entries that all exist."""
         place_CK = torch.arange(ids_CK.shape[1], device=ids_CK.device).expand_as(ids_CK)
         return cls(ids_CK, values_CK, torch.zeros_like(ids_CK, dtype=torch.bool), place_CK)
+
+
+def top_log_probs(logits: Logits, k: int) -> TopK:
+    """Return the k best ids of a chunk and their log-probabilities; the logits are used up.
+
+    The other ids' share is summed apart and all are normalised together, so that 1 minus the sum of
+    the stored probabilities is that share to a few 1e-7. A log-sum-exp of all ids would be off by
+    the rounding of a number of its size, 1e-6 at 20, and every probability with it.
+    """
+    ids_CK = logits.top(k)
+    best_CK = logits.at(ids_CK)
+    logits.mask_(ids_CK)
+    outcomes_CP = torch.cat([best_CK, logits.log_sum_exp()[:, None]], dim=1)
+    return TopK(ids_CK, outcomes_CP.log_softmax(-1)[:, :-1])

@@ -19,7 +19,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from typing_extensions import Unpack
 
-from bidistill_kernels._checks import check_number
+from bidistill_kernels._checks import check_number, check_target
 from bidistill_kernels._loss import (
     LinearPairOptions,
     LossModule,
@@ -114,11 +114,8 @@ def _params(
         check_number(name, weight, 0)
     if not any(weights.values()):
         raise ValueError("forward: got weights that are all 0, expected at least one above 0")
-    if cross_entropy and target is None:
-        raise ValueError(
-            f"target: got None with cross_entropy={cross_entropy}, expected token ids; "
-            "pass target, or cross_entropy=0"
-        )
+    if cross_entropy:
+        check_target(target)
     return [float(weight) for weight in weights.values()]
 
 
@@ -213,7 +210,7 @@ def bidirectional_kl(
         tensor(0.0555)
     """
     params = _params(forward, reverse, cross_entropy, target)
-    sides = (student_logits, None), (teacher_logits, None)
+    sides = (student_logits,), (teacher_logits,)
     return fused_loss("bidirectional_kl", params, *sides, target, **options)
 
 

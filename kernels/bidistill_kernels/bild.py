@@ -204,9 +204,7 @@ def bild(
         tensor(4.2025)
     """
     params = _params(k, temperature)
-    return fused_loss(
-        "bild", params, (student_logits, None), (teacher_logits, None), target, **options
-    )
+    return fused_loss("bild", params, (student_logits,), (teacher_logits,), target, **options)
 
 
 class LinearBiLD(LossModule):

@@ -13,6 +13,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from typing_extensions import Unpack
 
+from bidistill_kernels._checks import check_target
 from bidistill_kernels._loss import (
     LinearRowOptions,
     LossModule,
@@ -88,9 +89,9 @@ def linear_cross_entropy(
         >>> linear_cross_entropy(hidden, head, torch.tensor([1]))
         tensor(0.6931)
     """
-    return fused_loss(
-        "cross_entropy", [], (student_hidden, student_weight), None, target, **options
-    )
+    check_target(target)
+    sides = (student_hidden, student_weight), None
+    return fused_loss("cross_entropy", [], *sides, target, **options)
 
 
 def cross_entropy(
@@ -113,7 +114,8 @@ def cross_entropy(
         >>> cross_entropy(torch.zeros(1, 2), torch.tensor([1]))
         tensor(0.6931)
     """
-    return fused_loss("cross_entropy", [], (student_logits, None), None, target, **options)
+    check_target(target)
+    return fused_loss("cross_entropy", [], (student_logits,), None, target, **options)
 
 
 class LinearCrossEntropy(LossModule):

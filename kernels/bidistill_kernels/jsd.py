@@ -72,12 +72,13 @@ def _rows(
     p_F_C = p_F_CV.sum(-1)
     # in the sum of both parts an error of a log-sum-exp cancels to first order
     loss_C = beta * teacher_C - (1 - beta) * p_F_C
-    # adds 0, or the NaN that `expected` took out
-    loss_C += 0 * both.gap_CV.sum(-1)
+    # 0, or the NaN that `expected` took out
+    nan_C = 0 * both.gap_CV.sum(-1)
+    loss_C += nan_C
     stats = both.student_lse_C, both.teacher_lse_C
     if not need_gradient:
         return DenseResult(loss_C, None, stats)
-    gradient_CV = p_s_CV.mul_(p_F_C[:, None]).sub_(p_F_CV).mul_(1 - beta)
+    gradient_CV = p_s_CV.mul_((p_F_C + nan_C)[:, None]).sub_(p_F_CV).mul_(1 - beta)
     return DenseResult(loss_C, gradient_CV, stats)
 
 
@@ -157,7 +158,7 @@ def jsd(
         tensor(0.0285)
     """
     check_number("beta", beta, 0, 1, open_ends=True)
-    sides = (student_logits, None), (teacher_logits, None)
+    sides = (student_logits,), (teacher_logits,)
     return fused_loss("jsd", [float(beta)], *sides, target, **options)
 
 

@@ -44,6 +44,7 @@ from bidistill_kernels._rows import (
     SparseGradient,
     TopK,
 )
+from bidistill_kernels._stored import top_log_probs
 from bidistill_kernels._torch_rows import Gathered
 
 
@@ -69,7 +70,7 @@ def run_chunks(
     return job.out
 
 
-def logit_chunks(
+def _logit_chunks(
     head: Head, dtype: torch.dtype, backend: str, chunk_bytes: int
 ) -> Iterator[tuple[slice, Logits]]:
     """Yield one model's logits a chunk at a time, in memory that the next chunk takes."""
@@ -81,6 +82,19 @@ def logit_chunks(
         logits_CV = buffer_CV[: rows.stop - start, :V]
         head.project(rows, logits_CV)
         yield rows, module.logits(logits_CV, head.bias(dtype), head.transform)
+
+
+def best_ids(head: Head, k: int, dtype: torch.dtype, backend: str, chunk_bytes: int) -> TopK:
+    """Return the k best ids of each row and their log-probabilities, (N, k)."""
+    N = len(head.hidden_ND)
+    best = TopK(
+        head.hidden_ND.new_empty(N, k, dtype=torch.int64),
+        head.hidden_ND.new_empty(N, k, dtype=dtype),
+    )
+    with torch.autocast(head.hidden_ND.device.type, enabled=False):
+        for rows, logits in _logit_chunks(head, dtype, backend, chunk_bytes):
+            best.ids[rows], best.values[rows] = top_log_probs(logits, k)
+    return best
 
 
 class _Job:
@@ -129,8 +143,9 @@ class _Job:
         if self.keeps and self.sparse:
             slab, ids = new(slab_shape), new(slab_shape, dtype=torch.int64)
         elif self.keeps:
-            # only rows that were written are read
             slab = self.row_weight_N.new_empty(slab_shape, dtype=self.gradient_dtype)
+            # nobody reads these, but an output of an operation is equal in two runs
+            slab[self.M :], slab[:, student.vocab :] = 0, 0
         return LossRows(
             new(N),
             new(len(self.loss.stats), N),
@@ -171,7 +186,7 @@ class _Job:
             return max(1, self.M), self.out.slab_NV
         row_bytes = padded(self.student.vocab) * self.gradient_dtype.itemsize
         chunks = self.sizes.slab_bytes // (C * row_bytes)
-        if not self.sums or chunks < 2 or self.student.weight_VD is None:
+        if not (self.sums and self.needs.weight) or chunks < 2:
             return C, None
         G = min(chunks * C, max(1, self.M))
         return G, self.row_weight_N.new_empty(
@@ -216,10 +231,15 @@ class _Job:
         teacher, student = self.teacher, self.student
         stored = None
         if isinstance(teacher, TopK):
-            stored = TopK(teacher.ids[rows], teacher.values[rows].to(self.dtype))
+            ids_CK, values_CK = teacher.ids[rows], teacher.values[rows].to(self.dtype)
+            # an id that does not exist must not be read: it makes its row NaN, unless it is absent
+            exists_CK = (ids_CK >= 0) & (ids_CK < student.vocab)
+            values_CK = torch.where(exists_CK | values_CK.isneginf(), values_CK, torch.nan)
+            stored = TopK(torch.where(exists_CK, ids_CK, 0), values_CK)
         if self.loss.gathers:
             dot, x_CD = self.backend.gather_dot, student.hidden_ND[rows]
-            operands = x_CD, student.weight_VD, student.bias(self.dtype), student.transform
+            weight_VD = None if student.weight_VD is None else student.weight()
+            operands = x_CD, weight_VD, student.bias(self.dtype), student.transform
             return cast(Logits, Gathered(dot, *operands)), stored
         pupil, *tutor = (
             self.backend.logits(logits_BV, head.bias(self.dtype), head.transform)

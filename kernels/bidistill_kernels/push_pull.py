@@ -337,7 +337,9 @@ def linear_push_pull(
             "expected None with a TopK and the head's weight with hidden states"
         )
     name, params = _call(teacher_hidden, k_pull, k_push, push_weight, margin, delta, reading)
-    sides = (student_hidden, student_weight), (teacher_hidden, teacher_weight)
+    stored = isinstance(teacher_hidden, TopK)
+    teacher = teacher_hidden if stored else (teacher_hidden, teacher_weight)
+    sides = (student_hidden, student_weight), teacher
     return fused_loss(name, params, *sides, target, **options)
 
 
@@ -378,7 +380,8 @@ def push_pull(
         tensor(3.)
     """
     name, params = _call(teacher_logits, k_pull, k_push, push_weight, margin, delta, reading)
-    sides = (student_logits, None), (teacher_logits, None)
+    stored = isinstance(teacher_logits, TopK)
+    sides = (student_logits,), teacher_logits if stored else (teacher_logits,)
     return fused_loss(name, params, *sides, target, **options)
 
 

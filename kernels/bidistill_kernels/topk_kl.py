@@ -13,7 +13,7 @@ tell from 0; the student's r_s is a sum of its own, over the other ids, never 1 
 student gives the others nothing and r_t is at that floor (K = V, padding masked in both), there is
 no bucket. A KL cut off at K ids without either would not be one: it goes negative.
 A value of -inf marks an absent entry, whose id means nothing; the ids of a row's other entries
-differ. An id that the student masks (-inf) makes the forward part infinite; a part of weight 0 is
+differ, and one that does not exist makes the row NaN. An id that the student masks (-inf) makes the forward part infinite; a part of weight 0 is
 left out even then. Elements of a row: K gathered products, or for "bucket" one log-sum-exp and one
 exp of the vocabulary. Derivation: kernels/README.md#top-k-kl.
 Shapes: N tokens, C rows of a chunk, V vocabulary, K ids, D and E widths of student and teacher.
@@ -27,27 +27,32 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from typing_extensions import Unpack
 
-from bidistill_kernels import _backends
-from bidistill_kernels._checks import Side, check_choice, check_number, check_side
-from bidistill_kernels._head import Head
+from bidistill_kernels import _ops
+from bidistill_kernels._checks import (
+    Side,
+    check_choice,
+    check_number,
+    check_side,
+    check_weight,
+)
 from bidistill_kernels._loss import (
     LinearRowOptions,
     LossModule,
     Output,
     RowOptions,
+    as_autocast,
     fused_loss,
+    settings,
 )
 from bidistill_kernels._outcomes import compare
 from bidistill_kernels._rows import (
     Chunk,
-    Logits,
     RowResult,
     SparseGradient,
     TopK,
     row_function,
 )
 from bidistill_kernels._stored import Stored
-from bidistill_kernels.lm_head import logit_chunks
 from bidistill_kernels.transform import LogitTransform
 
 Tail: TypeAlias = Literal["bucket", "renormalize"]
@@ -159,18 +164,13 @@ def _bucket_rows(chunk: Chunk, params: Sequence[float]) -> RowResult:
     return RowResult(part.loss_C, stats)
 
 
-def top_log_probs(logits: Logits, k: int) -> TopK:
-    """Return the k best ids of a chunk and their log-probabilities; the logits are used up.
-
-    The other ids' share is summed apart and all are normalised together, so that 1 minus the sum of
-    the stored probabilities is that share to a few 1e-7. A log-sum-exp of all ids would be off by
-    the rounding of a number of its size, 1e-6 at 20, and every probability with it.
-    """
-    ids_CK = logits.top(k)
-    best_CK = logits.at(ids_CK)
-    logits.mask_(ids_CK)
-    outcomes_CP = torch.cat([best_CK, logits.log_sum_exp()[:, None]], dim=1)
-    return TopK(ids_CK, outcomes_CP.log_softmax(-1)[:, :-1])
+def _checked(teacher: object) -> TopK:
+    if not isinstance(teacher, TopK):
+        raise TypeError(
+            f"teacher: got {type(teacher).__name__}, expected TopK(ids, values); "
+            "topk_log_probs makes one"
+        )
+    return teacher
 
 
 def topk_log_probs(
@@ -192,7 +192,7 @@ def topk_log_probs(
         teacher_hidden: last hidden states, any float type.
         teacher_weight: weight of the teacher's LM head.
         k: number of ids to keep; more than the vocabulary means all.
-        teacher_bias: bias of the head; -inf masks an id.
+        teacher_bias: bias of the head; -inf masks an id, unless a soft-cap makes it finite.
         transform: scale, soft-cap, temperature and vocabulary limit of the logits.
         chunk_bytes: upper bound on the fp32 logits that exist at a time.
         backend: who computes.
@@ -218,22 +218,12 @@ def topk_log_probs(
     """
     check_number("k", k, 1, whole=True)
     side = Side("teacher", teacher_hidden, teacher_weight, teacher_bias, transform)
+    check_weight("teacher", teacher_weight)
     check_side(side, teacher_hidden)
-    backend_name = _backends.resolve(backend, teacher_hidden.device, teacher_hidden.dtype)
-    if chunk_bytes is None:
-        chunk_bytes = _backends.sizes(backend_name, teacher_hidden.device.type).chunk_bytes
-    check_number("chunk_bytes", chunk_bytes, 1, whole=True)
-    dtype = torch.promote_types(teacher_hidden.dtype, torch.float32)
-    shape = teacher_hidden.shape[0], min(k, side.vocab)
-    best = TopK(
-        teacher_hidden.new_empty(shape, dtype=torch.int64),
-        teacher_hidden.new_empty(shape, dtype=dtype),
-    )
-    head = Head(teacher_hidden, teacher_weight, teacher_bias, transform)
-    with torch.no_grad(), torch.autocast(teacher_hidden.device.type, enabled=False):
-        for rows, logits in logit_chunks(head, dtype, backend_name, chunk_bytes):
-            best.ids[rows], best.values[rows] = top_log_probs(logits, k)
-    return best
+    _, hidden, weight, bias, transform = as_autocast(side)
+    backend_name, chunk_bytes = settings(hidden, backend, chunk_bytes)
+    settings_ = transform.pack(), backend_name, chunk_bytes
+    return TopK(*_ops.top_log_probs(hidden.detach(), weight, bias, min(k, side.vocab), *settings_))
 
 
 def _name(tail: Tail) -> str:
@@ -301,7 +291,7 @@ def linear_topk_kl(
         >>> linear_topk_kl(torch.tensor([[0.0, 0.0, 1.0, 0.0]]), torch.eye(4), teacher)
         tensor(0.0307)
     """
-    sides = (student_hidden, student_weight), (teacher, None)
+    sides = (student_hidden, student_weight), _checked(teacher)
     return fused_loss(_name(tail), _params(forward, reverse), *sides, target, **options)
 
 
@@ -335,7 +325,7 @@ def topk_kl(
         >>> topk_kl(torch.tensor([[0.0, 0.0, 1.0, 0.0]]), teacher)
         tensor(0.0307)
     """
-    sides = (student_logits, None), (teacher, None)
+    sides = (student_logits,), _checked(teacher)
     return fused_loss(_name(tail), _params(forward, reverse), *sides, target, **options)
 
 

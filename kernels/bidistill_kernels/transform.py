@@ -46,6 +46,8 @@ class LogitTransform:
             raise ValueError(
                 f"temperature: got {self.temperature}, expected a finite number above 0"
             )
+        if self.vocab_limit is not None and not isinstance(self.vocab_limit, int):
+            raise TypeError(f"vocab_limit: got {self.vocab_limit!r}, expected a whole number")
         if self.vocab_limit is not None and self.vocab_limit < 1:
             raise ValueError(
                 f"vocab_limit: got {self.vocab_limit}, expected at least 1; pass None for no limit"

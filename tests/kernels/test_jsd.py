@@ -116,7 +116,12 @@ def test_edges(beta):
     assert gradient[4, 6] == 0
 
 
-def test_an_input_nan_is_not_hidden():
-    s, t = torch.randn(2, 8), torch.randn(2, 8)
-    t[0, 3] = torch.nan
-    assert rows(s, t).isnan().tolist() == [True, False]
+@pytest.mark.parametrize("side", [0, 1])
+def test_an_input_nan_is_not_hidden(side):
+    sides = [torch.randn(2, 8, requires_grad=True), torch.randn(2, 8)]
+    with torch.no_grad():
+        sides[side][0, 3] = torch.nan
+    loss = jsd(*sides, reduction="none")
+    assert loss.isnan().tolist() == [True, False]
+    (gradient,) = torch.autograd.grad(loss.sum(), sides[0])
+    assert gradient.isnan().all(-1).tolist() == [True, False]

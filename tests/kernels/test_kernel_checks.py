@@ -69,11 +69,45 @@ REJECTED = {
         ValueError,
         "backend: got 'triton', which (computes in float32|is not installed).*'auto'",
     ),
+    "bias of logits": (
+        lambda: bk.jsd(w, w, student_bias=w[0]),
+        ValueError,
+        "student_bias: got one beside student_logits",
+    ),
+    "no head": (lambda: kl(w=None), TypeError, "student_weight: got None.*without linear_"),
+    "no teacher head": (lambda: kl(v=None), TypeError, "teacher_weight: got None"),
+    "no head to store": (lambda: bk.topk_log_probs(y, None, 2), TypeError, "teacher_weight: got"),  # pyright: ignore
+    "stored for a dense loss": (
+        lambda: kl(y=bk.TopK(ids, y)),
+        TypeError,
+        "teacher_hidden: got TopK, expected a tensor",
+    ),
+    "logits for a store": (lambda: bk.topk_kl(w, w), TypeError, "teacher: got Tensor.*TopK"),  # pyright: ignore
+    "no labels": (lambda: bk.cross_entropy(w, None), ValueError, "target: got None"),  # pyright: ignore
+    "target list": (lambda: kl(target=[0, 1, 2, 3]), TypeError, "target: got list"),
+    "weight list": (lambda: kl(token_weight=[1.0]), TypeError, "token_weight: got list"),
+    "complex weight": (
+        lambda: kl(token_weight=torch.ones(4, dtype=torch.complex64)),
+        TypeError,
+        "token_weight: got torch.complex64",
+    ),
+    "no transform": (
+        lambda: kl(student_transform={}),
+        TypeError,
+        "student_transform: got dict, expected a LogitTransform",
+    ),
+    "no items": (lambda: kl(num_items=0), ValueError, "num_items: got 0"),
+    "items of each row": (lambda: kl(num_items=torch.ones(4)), ValueError, r"num_items: .*scalar"),
+    "half a limit": (lambda: LogitTransform(vocab_limit=2.5), TypeError, "vocab_limit: got 2.5"),  # pyright: ignore
     "stored shape": (lambda: stored(values=y[:, :1]), ValueError, r"teacher.values: .*\(4, 2\)"),
     "stored rows": (lambda: stored(ids=ids[:3]), ValueError, r"teacher.ids: .*\(4, K\)"),
     "stored dtype": (lambda: stored(ids=ids.int()), TypeError, r"teacher.ids: .*int64"),
     "stored values": (lambda: stored(values=ids), TypeError, r"teacher.values: .*float"),
-    "native": (lambda: kl(backend="native"), ValueError, "backend: got 'native'.*'auto'"),
+    "native in fp64": (
+        lambda: kl(*(t.double() for t in (x, w, y, v)), backend="native"),
+        ValueError,
+        "backend: got 'native', which computes in float32.*'auto'",
+    ),
     "backend": (lambda: kl(backend="cuda"), ValueError, "backend: got 'cuda', expected one of"),
     "negative": (lambda: kl(forward=-1), ValueError, "forward: got -1"),
     "nan": (lambda: kl(reverse=float("nan")), ValueError, "reverse: got nan"),
@@ -92,7 +126,7 @@ REJECTED = {
     "teacher of one model": (
         lambda: cross_entropy(teacher_bias=w[:, 0]),
         TypeError,
-        "cross_entropy has no teacher",
+        "teacher_bias: got one, expected none",
     ),
     "scale": (lambda: LogitTransform(scale=0.0), ValueError, "scale: got 0.0"),
     "softcap": (lambda: LogitTransform(softcap=0.0), ValueError, "softcap: .*None"),

@@ -411,6 +411,43 @@ def test_nothing_counts(case, reduction, rows):
 
 
 @each_kind
+def test_nothing_counts_in_16_bits(case, backend):
+    inputs = make_inputs(3, 30).to(torch.float16)
+    inputs.target[:] = -100
+    loss = fused(case, inputs, backend=backend)
+    assert not loss
+    for gradient in gradients(loss, inputs, torch.ones((), device=DEVICE)):
+        assert not gradient.any()
+
+
+def test_a_teacher_that_uses_some_columns_of_the_head(backend):
+    x, w, y, _, target = make_inputs(5, 30, E=16).to(torch.float32)
+    part = w.detach()[:, :12]
+    one = fused(CASES["jsd"], Inputs(x, w, y[:, :12], part, target), backend=backend)
+    two = fused(CASES["jsd"], Inputs(x, w, y[:, :12], part.clone(), target), backend=backend)
+    torch.testing.assert_close(one, two)
+
+
+def test_a_bias_alone_keeps_no_slab(backend):
+    x, w, y, v, target = make_inputs(6, 30).to(torch.float32)
+    b = torch.zeros(30, device=DEVICE, requires_grad=True)
+    for reduction in ("mean", "none"):
+        options = {"student_bias": b, "reduction": reduction, "backend": backend}
+        loss = fused(CASES["jsd"], Inputs(x, w.detach(), y, v, target), **options)
+        saved = [t for t in _saved(loss) if t is not None]
+        assert max(t.numel() for t in saved) <= max(t.numel() for t in (x, w, y, v))
+        assert torch.autograd.grad(loss.sum(), b)[0].any()
+
+
+def _saved(loss):
+    """Tensors that the operation under a loss saved."""
+    node = loss.grad_fn
+    while not hasattr(node, "saved_tensors") or "bidistill" not in type(node).__name__:
+        node = next(n for n, _ in node.next_functions if n is not None)
+    return node.saved_tensors
+
+
+@each_kind
 def test_autocast_does_not_lower_the_precision_on_cpu(case):
     if DEVICE.type != "cpu":
         pytest.skip("an accelerator multiplies in 16 bits under autocast")

@@ -1,4 +1,4 @@
-"""The two operations as torch sees them: schema, fake and autograd agree, and compile whole."""
+"""The operations as torch sees them: schema, fake and autograd agree, and compile whole."""
 
 from typing import Any
 
@@ -43,15 +43,37 @@ def test_opcheck_without_teacher_and_sparse(backend):
 
 
 def test_opcheck_of_the_head_gradients(backend):
-    inputs = op_inputs("bidirectional_kl", [0.5, 0.5, 0.1], (True, True, True), backend="triton")
-    if backend == "torch":
+    inputs = op_inputs("bidirectional_kl", [0.5, 0.5, 0.1], (True, True, True), backend=backend)
+    sparse = backend != "triton"  # the others keep no dense gradient
+    if sparse:
         params = [4.0, 4.0, 1.0, 0.0, 1.0]
-        inputs = op_inputs("push_pull_hinge", params, (True, True, True))
+        inputs = op_inputs("push_pull_hinge", params, (True, True, True), backend=backend)
     inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in inputs]
     *_, slab, ids = _ops.lm_head_rows(*inputs)
     assert slab.numel()
-    assert (ids.numel() > 0) == (backend == "torch")
-    torch.library.opcheck(_ops.lm_head_gradients, (slab, ids, inputs[8], *inputs))
+    assert (ids.numel() > 0) == sparse
+    x, w, bias, weight = *inputs[:3], inputs[8]
+    shapes = list(w.shape), w.dtype, list(bias.shape), bias.dtype
+    rows = slab, ids, x, weight, weight * 0.5
+    torch.library.opcheck(_ops.lm_head_gradients, (*rows, *shapes, 30, sparse, backend, False))
+
+
+def test_opcheck_of_the_best_ids(backend):
+    dtype = torch.float64 if backend == "torch" else torch.float32
+    x, w, *_ = make_inputs(5, 30).to(dtype, grad=False)
+    arguments = x, w, None, 4, LogitTransform().pack(), backend, 2000
+    torch.library.opcheck(_ops.top_log_probs, arguments)
+
+
+def test_a_store_in_the_same_graph():
+    x, w, y, v, _ = make_inputs(6, 40, seed=1).to(torch.float32, grad=False)
+
+    def call(x, w, y, v):
+        return bk.linear_topk_kl(x, w, bk.topk_log_probs(y, v, k=4))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, w, y, v), call(x, w, y, v))
 
 
 @each_kind
@@ -65,6 +87,7 @@ def test_compiles_without_a_graph_break(case, reduction, backend):
         loss, stats = case.linear(*sides, **case.options, **options)
         return loss.sum(), stats.per_token
 
+    torch._dynamo.reset()  # the limit of graphs counts those of other cases
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for got, wanted in zip(compiled(*inputs), call(*inputs), strict=True):
         torch.testing.assert_close(got, wanted)

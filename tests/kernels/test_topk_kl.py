@@ -14,16 +14,16 @@ from torch.nn.functional import kl_div
 
 from bidistill_kernels import LogitTransform, bidirectional_kl_reference
 from bidistill_kernels._rows import ROW_LOSSES, Chunk, TopK
+from bidistill_kernels._stored import top_log_probs
 from bidistill_kernels._torch_rows import TorchLogits
 from bidistill_kernels.topk_kl import (
     LinearTopKKL,
     linear_topk_kl,
-    top_log_probs,
     topk_kl,
     topk_kl_reference,
     topk_log_probs,
 )
-from tests.kernels.cases import make_inputs
+from tests.kernels.cases import DEVICE, make_inputs
 from tests.support import assert_close
 
 inf = torch.inf
@@ -111,7 +111,7 @@ def test_gradcheck(tail, mix):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_fused(backend, tail, shape, dtype):
     """Value and gradients with a soft-cap, a temperature, a bias and a cut vocabulary."""
-    if backend == "triton" and dtype == torch.float64:
+    if backend != "torch" and dtype == torch.float64:
         pytest.skip("the Triton back-end computes in float32")
     N, V = shape
     x, w, y, v, target = make_inputs(N, V).to(dtype)
@@ -529,3 +529,31 @@ def test_rejects(teacher, options, error, message):
         linear_topk_kl(torch.randn(4, 3), torch.randn(9, 3), teacher, **options)
     with pytest.raises(error, match=message):
         topk_kl(torch.randn(4, 9), teacher, **options)
+
+
+@pytest.mark.parametrize("bad", [-1, 9, 10, 11])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+def test_an_id_that_does_not_exist_shows_in_its_row_alone(tail, bad, backend):
+    """10 head rows, of which 9 take part."""
+    x = torch.randn(3, 4, device=DEVICE, requires_grad=True)
+    w = torch.randn(10, 4, device=DEVICE, requires_grad=True)
+    ids = torch.tensor([[0, 1], [2, bad], [8, 4]], device=DEVICE)
+    teacher = TopK(ids, torch.tensor([[-0.5, -1.5]] * 3, device=DEVICE))
+    options = {"student_transform": LogitTransform(vocab_limit=9), "backend": backend}
+    rows = linear_topk_kl(x, w, teacher, tail=tail, reduction="none", **options)
+    assert rows.isnan().tolist() == [False, True, False]
+    dx, dw = torch.autograd.grad(rows.sum(), (x, w))
+    assert dx.isnan().any(-1).tolist() == [False, True, False]
+    assert dw.isnan().any()
+    assert not dw[9].any()
+
+
+def test_no_rows_with_a_trained_bias(backend):
+    x, w = torch.randn(0, 4, device=DEVICE), torch.randn(10, 4, device=DEVICE, requires_grad=True)
+    b = torch.zeros(10, device=DEVICE, requires_grad=True)
+    empty = torch.empty(0, 3, device=DEVICE)
+    loss = linear_topk_kl(
+        x, w, TopK(empty.long(), empty), student_bias=b, tail="renormalize", backend=backend
+    )
+    for gradient in torch.autograd.grad(loss, (w, b)):
+        assert not gradient.any()
