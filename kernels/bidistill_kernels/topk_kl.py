@@ -13,9 +13,10 @@ tell from 0; the student's r_s is a sum of its own, over the other ids, never 1 
 student gives the others nothing and r_t is at that floor (K = V, padding masked in both), there is
 no bucket. A KL cut off at K ids without either would not be one: it goes negative.
 A value of -inf marks an absent entry, whose id means nothing; the ids of a row's other entries
-differ, and one that does not exist makes the row NaN. An id that the student masks (-inf) makes the forward part infinite; a part of weight 0 is
-left out even then. Elements of a row: K gathered products, or for "bucket" one log-sum-exp and one
-exp of the vocabulary. Derivation: kernels/README.md#top-k-kl.
+differ, and one that does not exist makes the row NaN. An id that the student masks (-inf) makes the
+forward part infinite; a part of weight 0 is left out even then.
+Elements of a row: K gathered products, or for "bucket" one log-sum-exp and one exp of the
+vocabulary. Derivation: kernels/README.md#top-k-kl.
 Shapes: N tokens, C rows of a chunk, V vocabulary, K ids, D and E widths of student and teacher.
 """
 
