@@ -2,11 +2,13 @@
 
 torch    PyTorch, every device and dtype; the reference
 triton   Triton row kernels on CUDA and ROCm devices; on CPU only under Triton's interpreter
+native   C++ row kernels on CPU
 
 A back-end is a module with `logits`, `gather_dot`, `sparse_dx`, `sparse_dw` and `sparse_dbias` (see
 `_torch_rows.py`) and, for each dense loss, a row function.
 """
 
+import logging
 import os
 from functools import cache
 from importlib import import_module
@@ -16,12 +18,14 @@ from typing import NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
+from bidistill_kernels._native.library import load as load_native
 from bidistill_kernels._rows import ROW_LOSSES, Logits, RowFunction
 from bidistill_kernels.transform import LogitTransform
 
-NAMES = ("torch", "triton")
+NAMES = ("torch", "triton", "native")
 # looked up once: a compiled graph must not look for files
 HAS_TRITON = find_spec("triton") is not None
+NO_NATIVE = None if load_native().library is not None else load_native().reason
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -70,6 +74,10 @@ class Sizes(NamedTuple):
 # On CPU more than 64 MiB gains a few per cent, a quarter of it loses a third, and a block of 1 MiB
 # stays with its four companions in a core's share of the cache
 _CPU = Sizes(64 << 20, 1 << 20, 0)
+# The library walks a chunk row by row itself. 72 MiB are 192 rows of two models at 49152 ids, which
+# makes 171 of 1024: with 147 (64 MiB) the whole takes 1.07 times as long, with 256 0.92 times. They
+# leave room for the gradient of 8192 hidden states of width 576 in 96 MiB
+_NATIVE = Sizes(72 << 20, 1 << 62, 0)
 # an accelerator needs about 1024 rows to be busy
 _ACCELERATOR = Sizes(1 << 30, 1 << 62, 0)
 # an fp32 sum of dW moves 8 V D bytes a product, as much time as 1024 rows of it: 4096 rows at once
@@ -80,6 +88,8 @@ def sizes(backend: str, device_type: str) -> Sizes:
     """Return the sizes of a back-end on a device."""
     if backend == "triton":
         return _TRITON
+    if backend == "native":
+        return _NATIVE
     return _CPU if device_type == "cpu" else _ACCELERATOR
 
 
@@ -91,20 +101,36 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """
     if backend == "torch":
         return backend
-    missing = _why_not_triton(device, dtype)
     if backend == "auto":
-        return "triton" if missing is None and device.type == "cuda" else "torch"
-    if backend == "native":
-        raise ValueError(
-            "backend: got 'native', which has no loss kernels yet, expected 'auto', 'torch' or "
-            "'triton'; pass 'auto' for the best one present"
-        )
-    if backend != "triton":
+        return _best(device, dtype)
+    if backend not in NAMES:
         names = ", ".join(map(repr, ("auto", *NAMES)))
         raise ValueError(f"backend: got {backend!r}, expected one of {names}")
+    missing = (_why_not_native if backend == "native" else _why_not_triton)(device, dtype)
     if missing is not None:
-        raise ValueError(f"backend: got 'triton', {missing}; pass 'auto' for the best one present")
+        raise ValueError(
+            f"backend: got {backend!r}, {missing}; pass 'auto' for the best one present"
+        )
     return backend
+
+
+def _best(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type == "cuda":
+        return "torch" if _why_not_triton(device, dtype) else "triton"
+    if _why_not_native(device, dtype) is None:
+        return "native"
+    if device.type == "cpu" and dtype != torch.float64 and not torch.compiler.is_compiling():
+        _say_slower()
+    return "torch"
+
+
+@cache
+def _say_slower() -> None:
+    """Say once why the CPU is slower than it could be."""
+    logging.getLogger("bidistill_kernels").warning(
+        "losses on the CPU run on PyTorch, slower than on the native library, which is %s",
+        NO_NATIVE,
+    )
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -117,10 +143,20 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def _why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"which has no kernels for {device.type}, expected tensors on the CPU"
+    if dtype == torch.float64:
+        return "which computes in float32, expected tensors of at most float32"
+    if NO_NATIVE is not None:
+        return f"which is {NO_NATIVE}"
+    return None
+
+
 @cache
 def load(backend: str) -> Backend:
     """Return the back-end's module; Triton is imported here and nowhere earlier."""
-    name = {"torch": "_torch_rows", "triton": "_triton.backend"}[backend]
+    name = "_torch_rows" if backend == "torch" else f"_{backend}.backend"
     return cast(Backend, import_module(f"bidistill_kernels.{name}"))
 
 

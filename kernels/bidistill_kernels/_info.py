@@ -5,7 +5,7 @@ from importlib import metadata
 import torch
 
 from bidistill_kernels._backends import HAS_TRITON, INTERPRETED
-from bidistill_kernels._native import load
+from bidistill_kernels._native.library import load
 
 
 def info() -> dict[str, str]:

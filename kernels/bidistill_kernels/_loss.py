@@ -67,10 +67,11 @@ class RowOptions(TypedDict, total=False):
     """Divisor of "mean": the global number of rows under gradient accumulation or data
     parallelism. Default: the sum of the weights of the rows that count."""
     chunk_bytes: int | None
-    """Upper bound on the fp32 logits that exist at a time. Default: 64 MiB on CPU, else 1 GiB."""
-    backend: Literal["auto", "torch", "triton"]
+    """Upper bound on the fp32 logits that exist at a time. Default: about 64 MiB on CPU, else
+    1 GiB."""
+    backend: Literal["auto", "torch", "triton", "native"]
     """Who computes; one named explicitly never falls back to another. "auto" takes Triton on CUDA
-    and ROCm devices if it is installed, else torch."""
+    and ROCm devices, the native library on CPU below fp64, and torch where these are absent."""
     return_stats: bool
     """Return (loss, `Stats`) instead of the loss alone."""
 

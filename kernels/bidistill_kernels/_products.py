@@ -12,6 +12,9 @@ from torch import Tensor
 
 # Rows of a 16-bit head converted at a time
 SLAB_ROWS = 4096
+# Head rows that a CPU projects at a time: 171 tokens on 49152 ids of width 576 take 0.84 of the
+# time of one product over all ids, 512 tokens 0.85 (MKL, two cores); other products gain nothing
+PROJECTED_ROWS = 2048
 # before, torch wants a sum of 16 bits where the operands have them
 _SUMS_IN_FP32 = torch.__version__ >= "2.11"  # compared as versions
 HALVES = (torch.bfloat16, torch.float16)
@@ -41,8 +44,11 @@ def project(hidden_CD: Tensor, weight_VD: Tensor, out_CV: Tensor) -> None:
         torch.mm(hidden_CD, weight_VD.T, out_dtype=out_CV.dtype, out=out_CV)
         return
     x_CD = hidden_CD.to(out_CV.dtype)
+    step = len(weight_VD) if x_CD.is_cuda else PROJECTED_ROWS
     for ids, weight_SD in _slabs(weight_VD, out_CV.dtype):
-        torch.mm(x_CD, weight_SD.T, out=out_CV[:, ids])
+        pieces = weight_SD.split(step), out_CV[:, ids].split(step, dim=1)
+        for weight, out in zip(*pieces, strict=True):
+            torch.mm(x_CD, weight.T, out=out)
 
 
 def hidden_gradient(gradient_CV: Tensor, weight_VD: Tensor, dtype: torch.dtype) -> Tensor:

@@ -182,7 +182,7 @@ def topk_log_probs(
     teacher_bias: Float[Tensor, "V"] | None = None,
     transform: LogitTransform = LogitTransform(),  # noqa: B008  (frozen)
     chunk_bytes: int | None = None,
-    backend: Literal["auto", "torch", "triton"] = "auto",
+    backend: Literal["auto", "torch", "triton", "native"] = "auto",
 ) -> TopK:
     """Return a teacher's k best ids of each token and their log-probabilities, to be stored.
 

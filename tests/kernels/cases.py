@@ -13,7 +13,7 @@ from torch import Tensor
 import bidistill_kernels as bk
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "triton", "native")
 
 
 class Case(NamedTuple):
