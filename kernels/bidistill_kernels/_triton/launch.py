@@ -77,23 +77,29 @@ def variants(
     return found
 
 
-def launch(name: str, kernel: Any, rows_CV: Tensor, **arguments: Any) -> None:
-    """Run a kernel with one program a row; an empty grid is an error of the driver."""
-    if not len(rows_CV):
+def run_kernel(
+    kernel: Any, grid: tuple[int, ...], like: Tensor, num_warps: int, *arguments: Any, **named: Any
+) -> None:
+    """Run a kernel on the device of a tensor."""
+    if 0 in grid:  # an error of the driver
         return
-    block = BLOCKS[name]
-    registers = {} if torch.version.hip else {"maxnreg": MAX_REGISTERS}
     # a kernel goes to the current device, wherever its tensors are
-    with torch.cuda.device(rows_CV.device) if rows_CV.is_cuda else nullcontext():
-        kernel[(len(rows_CV),)](
-            **arguments,
-            V=rows_CV.shape[1],
-            BLOCK_V=block.block_v,
-            num_warps=block.num_warps,
+    with torch.cuda.device(like.device) if like.is_cuda else nullcontext():
+        kernel[grid](
+            *arguments,
+            **named,
+            num_warps=num_warps,
             num_stages=NUM_STAGES,
             enable_fp_fusion=True,  # the default ends with Triton 3.9
-            **registers,
         )
+
+
+def launch(name: str, kernel: Any, rows_CV: Tensor, **arguments: Any) -> None:
+    """Run a dense kernel with one program a row."""
+    block = BLOCKS[name]
+    arguments |= {} if torch.version.hip else {"maxnreg": MAX_REGISTERS}
+    arguments |= {"V": rows_CV.shape[1], "BLOCK_V": block.block_v}
+    run_kernel(kernel, (len(rows_CV),), rows_CV, block.num_warps, **arguments)
 
 
 def launch_rows(

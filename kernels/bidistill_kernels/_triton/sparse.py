@@ -17,7 +17,6 @@ latency of memory, while the others go on beside it.
 Shapes: N tokens, C rows of a chunk, V vocabulary, D width, K ids a row, E = N K entries.
 """
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bidistill_kernels._triton.launch import NUM_STAGES, Variant
+from bidistill_kernels._triton.launch import NUM_STAGES, Variant, run_kernel
 
 
 class Block(NamedTuple):
@@ -142,19 +141,7 @@ def _sparse_dw_kernel(
 
 def _launch(kernel: Any, block: Block, grid: tuple[int, int], *arguments: Any) -> None:
     """Run a kernel whose last parameters are the rows and columns of a block."""
-    if 0 in grid:  # an error of the driver
-        return
-    device = arguments[0].device
-    # a kernel goes to the current device, wherever its tensors are
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](
-            *arguments,
-            block.rows,
-            block.columns,
-            num_warps=block.num_warps,
-            num_stages=NUM_STAGES,
-            enable_fp_fusion=True,  # the default ends with Triton 3.9
-        )
+    run_kernel(kernel, grid, arguments[0], block.num_warps, *arguments, block.rows, block.columns)
 
 
 def _rows(tensor: Tensor, other: Tensor) -> tuple[Tensor, int]:

@@ -23,7 +23,6 @@ Traffic of a row: 4 V bytes, V / 8 for the tile maxima, at most 256 k for tiles 
 Shapes: C rows of a chunk, V vocabulary, K ids, L tiles.
 """
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bidistill_kernels._triton.launch import NUM_STAGES, TritonLogits, Variant
+from bidistill_kernels._triton.launch import NUM_STAGES, TritonLogits, Variant, run_kernel
 from bidistill_kernels._triton.pieces import final_logits
 from bidistill_kernels.transform import LogitTransform
 
@@ -173,14 +172,9 @@ def _merge(heads: int) -> Variant:
 VARIANTS = [*map(_tile_max, (False, True)), *map(_merge, HEADS)]
 
 
-def _launch(variant: Variant, programs: int, **arguments: Any) -> None:
-    variant.kernel[(programs,)](
-        **arguments,
-        **variant.constexprs,
-        num_warps=variant.num_warps,
-        num_stages=variant.num_stages,
-        enable_fp_fusion=True,  # the default ends with Triton 3.9
-    )
+def _launch(variant: Variant, programs: int, like: Tensor, **arguments: Any) -> None:
+    arguments |= variant.constexprs
+    run_kernel(variant.kernel, (programs,), like, variant.num_warps, **arguments)
 
 
 def top_ids(raw_CV: Tensor, bias_V: Tensor | None, transform: LogitTransform, k: int) -> Tensor:
@@ -197,11 +191,9 @@ def top_ids(raw_CV: Tensor, bias_V: Tensor | None, transform: LogitTransform, k:
     max_CL = torch.empty(C, L, dtype=torch.int32, device=raw_CV.device)
     logits = TritonLogits(raw_CV, bias_V, transform)
     arguments = {**logits.arguments(), "max_ptr": max_CL, "V": V, "L": L}
-    # a kernel goes to the current device, wherever its tensors are
-    with torch.cuda.device(raw_CV.device) if raw_CV.is_cuda else nullcontext():
-        _launch(_tile_max(logits.capped), C * triton.cdiv(L, TILES_A_PROGRAM), **arguments)
-        heads = min(tiles for tiles in HEADS if tiles >= L)
-        _launch(_merge(heads), C, **arguments, ids_ptr=ids_CK, K=K)
+    _launch(_tile_max(logits.capped), C * triton.cdiv(L, TILES_A_PROGRAM), raw_CV, **arguments)
+    heads = min(tiles for tiles in HEADS if tiles >= L)
+    _launch(_merge(heads), C, raw_CV, **arguments, ids_ptr=ids_CK, K=K)
     return ids_CK
 
 
