@@ -159,11 +159,18 @@ class Guarded(NamedTuple):
 @given(st.data())
 def test_random_calls(library, data):
     """Whatever the sizes, strides and alignment: right results, and not a byte beside them."""
-    draw = data.draw
+    try:
+        random_call(library, data.draw)
+    finally:
+        library.bd_set_isa(None)  # later tests want the best one again
+
+
+def random_call(library, draw):
     names = [isa for isa in ISAS if library.bd_set_isa(isa.encode()) == 0]
     library.bd_set_isa(draw(st.sampled_from(names)).encode())
     C = draw(st.integers(1, 9))
-    V = draw(st.one_of(st.integers(1, 70), st.integers(250, 2100)))
+    # of one id alone the loss is 0, and the reference's a rounding error
+    V = draw(st.one_of(st.integers(2, 70), st.integers(250, 2100)))
     gap, threads = draw(st.integers(0, 20)), draw(st.integers(1, 5))
     torch.manual_seed(draw(st.integers(0, 999)))
     sides = torch.randn(2, C, V) * 3
@@ -212,7 +219,6 @@ def test_random_calls(library, data):
         assert_close("loss", out.rows[0], both[0][0], both[1][0])
         torch.testing.assert_close(gradient.rows.double(), both[0][1], rtol=1e-5, atol=5e-6)
     assert all(memory.is_intact() for memory in (student, teacher, apart, out))
-    library.bd_set_isa(None)
 
 
 def test_random_calls_would_see_a_stray_write():
