@@ -4,7 +4,6 @@ Shapes (C, V): (1, 1), (7, 1423) odd and within one block of ids, (3, 4096) whol
 many blocks and a rest. What only the driver adds is tested in tests/kernels/test_lm_head.py.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,15 +17,13 @@ import triton.language as tl
 
 from bidistill_kernels import (
     LogitTransform,
-    bidirectional_kl_reference,
-    cross_entropy_reference,
-    jsd_reference,
 )
 from bidistill_kernels._rows import ROW_LOSSES, Chunk, RowResult
 from bidistill_kernels._torch_rows import TorchLogits
 from bidistill_kernels._triton import bidirectional_kl, cross_entropy, jsd, pieces
 from bidistill_kernels._triton.launch import TritonLogits
 from tests.kernels.cases import DEVICE
+from tests.kernels.row_losses import Loss, RowLosses
 from tests.support import assert_close
 
 # the interpreter is NumPy, which warns of lanes that hold -inf and of branches that are not taken
@@ -35,41 +32,15 @@ pytestmark = pytest.mark.filterwarnings(
 )
 inf, nan = torch.inf, torch.nan
 SIXTEEN = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-
-
-class Loss(NamedTuple):
-    """A row function under test and its specification."""
-
-    name: str
-    rows: Callable[..., RowResult]
-    params: tuple[float, ...]
-    reference: Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def kl(forward: float, reverse: float, ce: float) -> Loss:
-    weights = {"forward": forward, "reverse": reverse, "cross_entropy": ce}
-    return Loss(
-        "bidirectional_kl",
-        bidirectional_kl.rows,
-        (forward, reverse, ce),
-        lambda s, t, y: bidirectional_kl_reference(s, t, y, **weights),
-    )
-
-
-def jsd_of(beta: float) -> Loss:
-    return Loss("jsd", jsd.rows, (beta,), lambda s, t, y: jsd_reference(s, t, beta=beta))
-
-
-FORWARD, REVERSE, MIX = kl(1, 0, 0), kl(0, 1, 0), kl(0.3, 0.5, 0.2)
-CE = Loss("cross_entropy", cross_entropy.rows, (), lambda s, t, y: cross_entropy_reference(s, y))
-LOSSES = pytest.mark.parametrize(
-    "loss", [MIX, jsd_of(0.4), CE], ids=["bidirectional_kl", "jsd", "cross_entropy"]
-)
-PAIRS = pytest.mark.parametrize(
-    "loss",
-    [FORWARD, REVERSE, jsd_of(0.5), jsd_of(0.1), jsd_of(0.9)],
-    ids=["forward", "reverse", "jsd_0.5", "jsd_0.1", "jsd_0.9"],
-)
+ROWS = RowLosses(bidirectional_kl, jsd, cross_entropy)
+FORWARD = ROWS.FORWARD
+REVERSE = ROWS.REVERSE
+MIX = ROWS.MIX
+CE = ROWS.CE
+LOSSES = ROWS.LOSSES
+PAIRS = ROWS.PAIRS
+kl = ROWS.kl
+jsd_of = ROWS.jsd_of
 
 
 class Model(NamedTuple):
