@@ -22,7 +22,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from bench.gpu import record, table
+from bench import record
+from bench.gpu import table
 
 CRASHED = 3  # of bench.gpu.measure: the device no longer answers that process
 RELAUNCHES = 4

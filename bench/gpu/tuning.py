@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.gpu import cases
-from bench.gpu.cases import Case
-from bench.gpu.measure import arguments_of, reason
-from bench.gpu.meter import (
+from bench import cases
+from bench.cases import Case
+from bench.gpu.measure import arguments_of
+from bench.measure import reason
+from bench.meter import (
     Budget,
     Ceilings,
     CudaMeter,
@@ -29,7 +30,7 @@ from bench.gpu.meter import (
     quantile,
     time_limit,
 )
-from bench.gpu.providers import ours, product
+from bench.providers import ours, product
 from bidistill_kernels.transform import LogitTransform
 
 SETTING_S = 15.0  # to compile and try one setting

@@ -16,12 +16,13 @@ from argparse import Namespace
 import pytest
 import torch
 
-from bench.gpu import record, table
+from bench import record
+from bench.cases import Case, make_problem, truth
+from bench.gpu import table
 from bench.gpu.__main__ import Run, Step
-from bench.gpu.cases import Case, make_problem, truth
-from bench.gpu.measure import DeviceLost, measure_case
-from bench.gpu.meter import Budget, DryMeter, TimeLimit, time_limit
-from bench.gpu.providers import Provider, ours, providers
+from bench.measure import DeviceLost, measure_case
+from bench.meter import Budget, DryMeter, TimeLimit, time_limit
+from bench.providers import Provider, ours, providers
 
 CASE = Case("jsd", 8, 32, 100)
 

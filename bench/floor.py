@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.gpu.cases import Case, Problem
-from bench.gpu.providers import Provider, product
+from bench.cases import Case, Problem
+from bench.providers import Provider, product
 
 CHUNK_BYTES = 1 << 30  # our default on accelerators
 

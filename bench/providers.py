@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import bidistill_kernels as bk
-from bench.gpu.cases import Case, Problem, rows_of
+from bench.cases import Case, Problem, rows_of
 
 Result = tuple[Tensor, list[Tensor]]
 Loss = Callable[[Problem], Tensor]
@@ -173,7 +173,7 @@ def _cce() -> Provider:
 
 def providers(case: Case, backend: str) -> list[Provider]:
     """Everybody who takes part in a case, the floor first."""
-    from bench.gpu.floor import floor
+    from bench.floor import floor
 
     everybody = [floor(case), ours(case, backend)]
     if case.mode != "mean" or case.ignored:
