@@ -77,7 +77,7 @@ _CPU = Sizes(64 << 20, 1 << 20, 0)
 # The library walks a chunk row by row itself. 72 MiB are 192 rows of two models at 49152 ids, which
 # makes 171 of 1024: with 147 (64 MiB) the whole takes 1.07 times as long, with 256 0.92 times. They
 # leave room for the gradient of 8192 hidden states of width 576 in 96 MiB
-_NATIVE = Sizes(72 << 20, 1 << 62, 0)
+_NATIVE = Sizes(88 << 20, 1 << 62, 0)
 # an accelerator needs about 1024 rows to be busy
 _ACCELERATOR = Sizes(1 << 30, 1 << 62, 0)
 # an fp32 sum of dW moves 8 V D bytes a product, as much time as 1024 rows of it: 4096 rows at once

@@ -252,9 +252,23 @@ def _backward_loss(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tupl
     if upstream is None:
         return _NONE
     _refuse_second_derivative()
-    # out of place: the saved gradients must survive a second backward (retain_graph); and fp32
-    # until here, so that a gradient scaler's factor comes before the rounding to 16 bits
-    return _returned(ctx, tuple(x * upstream for x in ctx.saved_tensors))
+    # fp32 until here, so that a gradient scaler's factor comes before the rounding to 16 bits
+    return _returned(ctx, tuple(_scaled(x, upstream) for x in ctx.saved_tensors))
+
+
+def _scaled(saved: Tensor, factor: Tensor) -> Tensor:
+    """Multiply a saved gradient, in its own memory if nobody can ask for it again.
+
+    A copy of dW would be the largest thing in memory.
+    """
+    # a second backward (retain_graph) can; and a compiler, whose tensors are of other types,
+    # plans memory itself
+    again = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
+    if again or type(factor) is not Tensor:
+        return saved * factor
+    if factor.is_cpu and factor.item() == 1:
+        return saved
+    return saved.mul_(factor)
 
 
 def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401

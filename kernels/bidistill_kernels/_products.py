@@ -62,25 +62,28 @@ def hidden_gradient(gradient_CV: Tensor, weight_VD: Tensor, dtype: torch.dtype) 
 
 
 def add_weight_gradient(
-    gradient_CV: Tensor, hidden_CD: Tensor, scale_C: Tensor, out_VD: Tensor
+    gradient_CV: Tensor, hidden_CD: Tensor, scale_C: Tensor, out_VD: Tensor, *, first: bool = False
 ) -> None:
-    """Add gradient.T @ (scale * hidden) to an fp32 sum.
+    """Add gradient.T @ (scale * hidden) to an fp32 sum; as the first term it overwrites the memory.
 
     The scale goes to the narrow operand, never to the wide one.
     """
-    dtype = gradient_CV.dtype
+    dtype, beta = gradient_CV.dtype, 0 if first else 1
     if dtype == out_VD.dtype:
         x_CD = hidden_CD.to(dtype).mul(scale_C[:, None])
-        out_VD.addmm_(gradient_CV.T, x_CD)
+        out_VD.addmm_(gradient_CV.T, x_CD, beta=beta)
         return
     half_CD, peak = _scaled(hidden_CD, scale_C, dtype)
     if _SUMS_IN_FP32 and peak is None and keeps_halves(gradient_CV, half_CD):
-        torch.addmm(out_VD, gradient_CV.T, half_CD, out_dtype=out_VD.dtype, out=out_VD)
+        operands = out_VD, gradient_CV.T, half_CD
+        torch.addmm(*operands, out_dtype=out_VD.dtype, beta=beta, out=out_VD)
         return
     for start in range(0, len(out_VD), SLAB_ROWS):
         ids = slice(start, start + SLAB_ROWS)
         part_SD = hidden_gradient(gradient_CV[:, ids].T, half_CD, out_VD.dtype)
-        out_VD[ids].add_(part_SD if peak is None else part_SD.mul_(peak))
+        part_SD = part_SD if peak is None else part_SD.mul_(peak)
+        write = out_VD[ids].copy_ if first else out_VD[ids].add_
+        write(part_SD)
 
 
 def weight_gradient(
@@ -90,8 +93,8 @@ def weight_gradient(
     if gradient_CV.dtype == dtype == torch.bfloat16:
         return torch.mm(gradient_CV.T, _scaled(hidden_CD, scale_C, dtype)[0])
     # in fp16 the product may overflow before it is multiplied by what was taken out
-    out_VD = scale_C.new_zeros(gradient_CV.shape[1], hidden_CD.shape[1])
-    add_weight_gradient(gradient_CV, hidden_CD, scale_C, out_VD)
+    out_VD = scale_C.new_empty(gradient_CV.shape[1], hidden_CD.shape[1])
+    add_weight_gradient(gradient_CV, hidden_CD, scale_C, out_VD, first=True)
     return out_VD.to(dtype)
 
 

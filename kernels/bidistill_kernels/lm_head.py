@@ -133,7 +133,7 @@ class _Job:
         self.out = self._results(slab_shape(student, teacher, loss, params))
 
     def _results(self, slab_shape: tuple[int, int]) -> LossRows:
-        """Allocate zeros: rows left out and ids nobody touches keep them."""
+        """Allocate zeros, which rows left out keep, and ids that nobody touches."""
         new, N, student = self.row_weight_N.new_zeros, len(self.row_weight_N), self.student
 
         def like(parameter: Tensor | None, wanted: bool) -> Tensor:
@@ -150,11 +150,20 @@ class _Job:
             new(N),
             new(len(self.loss.stats), N),
             like(student.hidden_ND, self.needs.hidden),
-            like(student.weight_VD, self.sums and self.needs.weight),
+            self._no_sum(),
             like(student.bias_V, self.sums and self.needs.bias),
             slab,
             ids,
         )
+
+    def _no_sum(self) -> Tensor:
+        """Allocate the sum dW; the first product overwrites it, if there is one."""
+        weight, V = self.student.weight_VD, self.student.vocab
+        if not (self.sums and self.needs.weight) or weight is None:
+            return self.row_weight_N.new_empty(0)
+        dw_VD = self.row_weight_N.new_empty(weight.shape)
+        dw_VD[V if self.M else 0 :] = 0
+        return dw_VD
 
     def rows(self, start: int, stop: int) -> Rows:
         """Return a range of the rows that count."""
@@ -178,7 +187,7 @@ class _Job:
                 place_CV = None if slab_GV is None else slab_GV[start - first : stop - first]
                 self._run_chunk(start, stop, buffer, place_CV)
             if slab_GV is not None:
-                self._add_dense(self.rows(first, last), slab_GV[: last - first])
+                self._add_dense(first, last, slab_GV[: last - first])
 
     def _slab(self, C: int) -> tuple[int, Tensor | None]:
         """Return the rows of a slab and its memory; None: gradients go over their logits."""
@@ -215,7 +224,7 @@ class _Job:
             )
             self._write(where, self.function(chunk, self.params))
         if in_place and place_CV is not None:
-            self._add_dense(rows, place_CV)
+            self._add_dense(start, stop, place_CV)
 
     def _project(self, rows: Rows, logits_HCV: Tensor) -> None:
         """Write the raw logits of both models, by one product if they share the head."""
@@ -255,9 +264,9 @@ class _Job:
         if result.sparse is not None:
             self._add_sparse(rows, result.sparse)
 
-    def _add_dense(self, rows: Rows, gradient_CV: Tensor) -> None:
+    def _add_dense(self, start: int, stop: int, gradient_CV: Tensor) -> None:
         """Multiply a finished gradient of logits into dX, and into the sums."""
-        student, factor = self.student, self.student.transform.factor
+        rows, student, factor = self.rows(start, stop), self.student, self.student.transform.factor
         gradient_CV = gradient_CV[:, : student.vocab]
         if student.weight_VD is None:
             self.out.hidden_ND[rows, : student.vocab] = gradient_CV * factor
@@ -268,7 +277,8 @@ class _Job:
         scale_C = self.row_weight_N[rows] * factor
         if self.sums and self.needs.weight:
             operands = gradient_CV, student.hidden_ND[rows], scale_C
-            _products.add_weight_gradient(*operands, self.out.weight_VD[: student.vocab])
+            total_VD = self.out.weight_VD[: student.vocab]
+            _products.add_weight_gradient(*operands, total_VD, first=start == 0)
         if self.sums and self.needs.bias:
             _products.add_bias_gradient(gradient_CV, scale_C, self.out.bias_V[: student.vocab])
 

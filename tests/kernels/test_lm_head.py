@@ -159,9 +159,9 @@ WEIGHT_PRODUCTS = {
 def test_the_head_meets_as_many_rows_as_a_slab_has(way, backend, monkeypatch):
     products, add = [], _products.add_weight_gradient
 
-    def spy(gradient, *args):
+    def spy(gradient, *args, **options):
         products.append(len(gradient))
-        return add(gradient, *args)
+        return add(gradient, *args, **options)
 
     monkeypatch.setattr(_products, "add_weight_gradient", spy)
     (slab_rows, reduction), sizes = SLABS[way], _backends.sizes

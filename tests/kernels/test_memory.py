@@ -71,6 +71,24 @@ def test_peak_with_a_trained_head():
     assert growth(loss, trained_head=True) < ALLOWED
 
 
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_one_gradient_of_the_head(factor):
+    """It is multiplied by the upstream gradient where it is; a second backward needs a copy."""
+    head_bytes = 4 * V * D
+
+    def peak(**options):
+        x, w = torch.randn(64, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+        sides = x, w, x.detach(), w.detach()
+        settings = {"chunk_bytes": 1, "backend": "torch"}
+        return peak_bytes(
+            lambda: (bk.linear_bidirectional_kl(*sides, **settings) * factor).backward(**options)
+        )
+
+    assert peak(retain_graph=True) > 2 * head_bytes
+    # on PyTorch the gradient of one row takes five of logits
+    assert head_bytes < peak() < 1.5 * head_bytes + 5 * 4 * V
+
+
 def test_an_eager_loss_fails():
     def loss(x, w, y, v, target):
         return bk.bidirectional_kl_reference(x @ w.T, y @ v.T)

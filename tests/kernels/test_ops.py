@@ -76,6 +76,21 @@ def test_a_store_in_the_same_graph():
     torch.testing.assert_close(compiled(x, w, y, v), call(x, w, y, v))
 
 
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+def test_backward_again(factor, backend):
+    """Gradients that were handed out and changed are not those of a second backward."""
+    inputs = make_inputs(6, 40, seed=1).to(torch.float32)
+    loss = fused(CASES["kl_and_ce"], inputs, backend=backend) * factor
+    first = torch.autograd.grad(loss, inputs[:2], retain_graph=True)
+    expected = [gradient.clone() for gradient in first]
+    for gradient in first:
+        gradient.zero_()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for tensor, gradient in zip(inputs[:2], expected, strict=True):
+        torch.testing.assert_close(tensor.grad, 2 * gradient, rtol=0, atol=0)
+
+
 @each_kind
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiles_without_a_graph_break(case, reduction, backend):
