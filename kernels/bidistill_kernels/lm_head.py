@@ -175,15 +175,15 @@ class _Job:
         if self.loss.gathers and isinstance(self.teacher, TopK):
             width = self.teacher.ids.shape[1]
         most = max(1, self.plan.chunk_bytes // (width * self.dtype.itemsize))
-        # of even size: a short last chunk would read the whole head for a few rows
-        C = max(1, -(-self.M // max(1, -(-self.M // most))))
+        # of even size: a short last chunk would read the whole head for a few rows; and of eights:
+        # dW of five times 205 rows takes a CPU 1.15 times as long as that of 208
+        even = -(-self.M // max(1, -(-self.M // most)))
+        C = max(1, min(-(-even // 8) * 8, most))
         buffer = self.row_weight_N.new_empty(0 if self.loss.gathers else C * width)
         G, slab_GV = self._slab(C)
         for first in range(0, self.M, G):
             last = min(first + G, self.M)
-            parts = -(-(last - first) // C)
-            bounds = [first + (last - first) * i // parts for i in range(parts + 1)]
-            for start, stop in pairwise(bounds):
+            for start, stop in pairwise([*range(first, last, C), last]):
                 place_CV = None if slab_GV is None else slab_GV[start - first : stop - first]
                 self._run_chunk(start, stop, buffer, place_CV)
             if slab_GV is not None:
