@@ -74,9 +74,8 @@ class Sizes(NamedTuple):
 # On CPU more than 64 MiB gains a few per cent, a quarter of it loses a third, and a block of 1 MiB
 # stays with its four companions in a core's share of the cache
 _CPU = Sizes(64 << 20, 1 << 20, 0)
-# The library walks a chunk row by row itself. 72 MiB are 192 rows of two models at 49152 ids, which
-# makes 171 of 1024: with 147 (64 MiB) the whole takes 1.07 times as long, with 256 0.92 times. They
-# leave room for the gradient of 8192 hidden states of width 576 in 96 MiB
+# The library walks a chunk row by row itself. 88 MiB are 234 rows of two models at 49152 ids, which
+# makes 208 of 1024; more gains little, and this leaves room for products' own memory in 96 MiB
 _NATIVE = Sizes(88 << 20, 1 << 62, 0)
 # an accelerator needs about 1024 rows to be busy
 _ACCELERATOR = Sizes(1 << 30, 1 << 62, 0)
