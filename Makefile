@@ -6,15 +6,20 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # the oldest Triton that the kernels must compile with, beside the installed one; 640 MB
 OLDEST_TRITON := $(VENV)/triton-3.6.0
+# who the benchmarks compare with: pure Python, on the path of the benchmarks alone
+PEERS := $(VENV)/peers
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench install clean
+.PHONY: help demo test lint bench gate wheels ablation install clean
 
 help:
 	@echo "make demo     make a small real model forget twelve capitals; results in runs/demo"
 	@echo "make test     run all tests"
 	@echo "make lint     check style and types"
-	@echo "make bench    what each choice of the demo is worth: runs/ablation/README.md"
+	@echo "make bench    time ourselves and others in under ten minutes: runs/bench/quick.json"
+	@echo "make gate     check that the kernels are not slower than they were"
+	@echo "make wheels   build both wheels and test each in a fresh environment"
+	@echo "make ablation what each choice of the demo is worth: runs/ablation/README.md"
 	@echo "make install  only make .venv and install"
 	@echo "make clean    remove .venv and caches; runs/ stays"
 
@@ -29,7 +34,18 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(INSTALLED)
+bench: $(INSTALLED) $(PEERS)
+	mkdir -p runs/bench
+	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest bench -m quick --benchmark-only \
+	  --benchmark-json=runs/bench/quick.json
+
+wheels:
+	PYTHON=$(PYTHON) tests/wheels.sh
+
+gate: $(INSTALLED)
+	$(BIN)/python -m bench.gate
+
+ablation: $(INSTALLED)
 	$(BIN)/python -m bench.demo_ablation
 
 install: $(INSTALLED)
@@ -47,6 +63,13 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/c
 $(OLDEST_TRITON): | $(INSTALLED)
 	rm -rf $@.part
 	$(BIN)/python -m pip install --no-deps --target $@.part $(subst -,==,$(notdir $@))
+	mv $@.part $@
+
+# without their dependencies: what the benchmarks import of them needs no more than we do
+$(PEERS): constraints.txt | $(INSTALLED)
+	rm -rf $@ $@.part
+	$(BIN)/python -m pip install -c constraints.txt --no-deps --target $@.part \
+	  liger-kernel trl orda-kernel cut-cross-entropy
 	mv $@.part $@
 
 clean:

@@ -15,10 +15,9 @@ mkdir -p .wheels
 echo '*' > .wheels/.gitignore
 echo "$(git rev-parse HEAD)$([[ -z $(git status --porcelain) ]] || echo -dirty)" > .wheels/commit
 
-pinned() { sed -n "s/^$1==\([^; ]*\).*/$1==\1/p" constraints.txt; }
-for package in liger-kernel==0.8.5 trl==1.16.0 orda-kernel==0.1.0 cut-cross-entropy==25.1.1 \
-  "$(pinned jaxtyping)" "$(pinned typing-extensions)" wadler-lindig==0.1.8; do
-  name=${package%%==*} release=${package##*==}
+for name in liger-kernel trl orda-kernel cut-cross-entropy jaxtyping typing-extensions wadler-lindig; do
+  package=$(sed -n "s/^$name==\([^; ]*\).*/$name==\1/p" constraints.txt)
+  release=${package##*==}
   if ! compgen -G ".wheels/${name//-/_}-$release-*none-any.whl" > /dev/null; then
     "$PYTHON" -m pip download --quiet --no-deps --only-binary=:all: --dest .wheels "$package"
   fi
