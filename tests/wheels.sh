@@ -25,7 +25,7 @@ for variant in native pure; do
   "${PYTHON:-python3}" -m venv "$work/$variant"
   pip=("$work/$variant/bin/python" -m pip --quiet --disable-pip-version-check)
   "${pip[@]}" wheel --no-deps --wheel-dir "$work/wheels-$variant" "$work/sources"
-  "${pip[@]}" install -c constraints.txt "$work/wheels-$variant"/*.whl pytest hypothesis triton
+  "${pip[@]}" install -c constraints.txt "$work/wheels-$variant"/*.whl pytest pytest-benchmark hypothesis triton
   ls "$work/wheels-$variant"
   expect $variant
   (cd "$work/tests" && "$work/$variant/bin/python" -m pytest tests/kernels -q -p no:cacheprovider \
