@@ -23,7 +23,7 @@ for variant in native pure; do
   echo "== $variant"
   if [[ $variant == pure ]]; then export BIDISTILL_PURE=1; fi
   "${PYTHON:-python3}" -m venv "$work/$variant"
-  pip=("$work/$variant/bin/python" -m pip --quiet --disable-pip-version-check)
+  pip=("$work/$variant/bin/python" -m pip -qq --disable-pip-version-check)
   "${pip[@]}" wheel --no-deps --wheel-dir "$work/wheels-$variant" "$work/sources"
   "${pip[@]}" install -c constraints.txt "$work/wheels-$variant"/*.whl pytest pytest-benchmark hypothesis triton
   ls "$work/wheels-$variant"
