@@ -1,4 +1,8 @@
-"""What a run says about itself: device, driver, versions, commit; and its result file."""
+"""What a run says about itself: device, driver, versions, commit; and its result file.
+
+Result files come in two formats, that of `bench.gpu` and that of pytest-benchmark; `load` reads
+either.
+"""
 
 import importlib.metadata
 import json
@@ -70,6 +74,33 @@ def version(package: str) -> str | None:
         return None
 
 
+def kernel_version(release: str) -> str:
+    """Return the number alone: what follows it names who built the kernel.
+
+    Example:
+        >>> kernel_version("6.1.0-17-someone")
+        '6.1.0'
+    """
+    found = re.match(r"\d+(\.\d+)*", release)
+    return found[0] if found else ""
+
+
+def processor() -> dict[str, Any]:
+    """Describe what a CPU computes with: its name, PyTorch's threads, the native library's ISA."""
+    import torch
+
+    from bidistill_kernels._native.library import load as load_native
+
+    native, known = load_native(), Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)$", known.read_text(), re.M) if known.exists() else None
+    return {
+        "processor": found[1] if found else platform.machine(),
+        "threads": torch.get_num_threads(),
+        # why there is none may name a path
+        "native": native.reason if native.library is not None else None,
+    }
+
+
 def environment() -> dict[str, Any]:
     """Describe the machine, without touching its accelerator."""
     query = "name,driver_version,memory.total,power.limit,clocks.max.sm"
@@ -80,11 +111,32 @@ def environment() -> dict[str, Any]:
         **commit(),
         "device": dict(zip(names, first, strict=False)) or None,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {kernel_version(platform.release())}, "
+        f"{platform.machine()}, {' '.join(platform.libc_ver())}",
         "processors": os.cpu_count(),
+        **processor(),
         "versions": {package: version(package) for package in PACKAGES},
         "command": sys.argv[1:],
     }
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a result file of either format: environment, ceilings, records, path, started_utc.
+
+    All records come, also of who got no time; samples are with those that have some.
+    """
+    content = json.loads(Path(path).read_text())
+    if "benchmarks" not in content:
+        ceilings = [r for r in content["records"] if r["kind"] == "ceilings"]
+        records = [r for r in content["records"] if r["kind"] != "ceilings"]
+        return content | {"ceilings": ceilings, "records": records, "path": str(path)}
+    timed = [
+        bench["extra_info"] | {"samples_ms": [s * 1e3 for s in bench["stats"].get("data", [])]}
+        for bench in content["benchmarks"]
+    ]
+    names = ("suite", "device", "environment", "ceilings", "started_utc")
+    known = {name: content[name] for name in names}
+    return known | {"records": [*timed, *content["not_timed"]], "path": str(path)}
 
 
 class ResultFile:

@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.cases import Case
-from bench.measure import DeviceLost, device_record, measure_case, reason
+from bench.measure import DeviceLost, device_record, measure_case, reason, shares
 from bench.meter import Budget, CudaMeter, DryMeter, Meter, forget
 from bench.providers import providers
 
@@ -56,7 +54,8 @@ def run(arguments: argparse.Namespace, meter: Meter) -> Iterator[dict[str, Any]]
     """Yield the records of a plan."""
     budget = Budget(arguments.seconds)
     yield device_record(meter)
-    yield {"kind": "ceilings", "when": f"before {arguments.plan}", **meter.ceilings()._asdict()}
+    ceilings = meter.ceilings()
+    yield {"kind": "ceilings", "when": f"before {arguments.plan}", **ceilings._asdict()}
     for at, case in enumerate(plan(arguments.plan, dry=meter.dry)):
         if at < arguments.skip or arguments.cases not in case.name:
             continue
@@ -64,11 +63,13 @@ def run(arguments: argparse.Namespace, meter: Meter) -> Iterator[dict[str, Any]]
             yield {"kind": "not reached", "case": case.name, "status": "time limit"}
             continue
         print(f"  {case.name}", flush=True)
-        everybody = providers(case, arguments.backend)
+        # on a CPU the code generator would take a minute and show nothing
+        everybody = providers(case, arguments.backend, "aot_eager" if meter.dry else "inductor")
         if at == arguments.skip:
             everybody = [p for p in everybody if p.name not in arguments.without]
         try:
-            yield from measure_case(case, everybody, meter, budget)
+            for record in measure_case(case, everybody, meter, budget):
+                yield record | shares(record, ceilings)
         except DeviceLost as error:
             provider, message = error.args
             lost = {"case": case.name, "at": at, "provider": provider, "error": message}
@@ -99,8 +100,6 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0, help="cases that are done already")
     parser.add_argument("--without", nargs="*", default=[], help="left out of the first case")
     arguments = parser.parse_args()
-    # fp32 products are IEEE's: the truth of a comparison must not be a coarse one
-    torch.backends.cuda.matmul.allow_tf32 = False
     lost = False
     with arguments.records.open("a") as file:
         for record in run(arguments, DryMeter() if arguments.dry_run else CudaMeter()):

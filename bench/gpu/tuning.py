@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench import cases
-from bench.cases import Case
+from bench.cases import Case, product
 from bench.gpu.measure import arguments_of
 from bench.measure import reason
 from bench.meter import (
@@ -30,7 +30,7 @@ from bench.meter import (
     quantile,
     time_limit,
 )
-from bench.providers import ours, product
+from bench.providers import ours
 from bidistill_kernels.transform import LogitTransform
 
 SETTING_S = 15.0  # to compile and try one setting

@@ -1,0 +1,141 @@
+"""The bounds that the native back-end was given on the CPU, beside what was measured.
+
+All are for the head of SmolLM2-135M in fp32. Those for CUDA stand in `bench/gpu/table.py`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from bench import stored
+from bench.gpu.table import FLOOR, OURS
+from bench.stored import Record, Run
+
+HEAD, DTYPE = "SmolLM2-135M", "float32"
+MIB = 2**20
+NAMES = {
+    "bidirectional_kl": "KL",
+    "jsd": "JSD",
+    "cross_entropy": "CE",
+    "push_pull": "push-pull, head frozen",
+}
+
+
+class Goal(NamedTuple):
+    """A bound on a number of a case."""
+
+    text: str
+    loss: str
+    N: int
+    measure: Callable[[list[Record]], float | None]
+    bound: float
+    at_most: bool = True
+
+
+class Outcome(NamedTuple):
+    """A goal and what came of it."""
+
+    goal: Goal
+    run: Run | None
+    measured: float | None
+
+    @property
+    def met(self) -> bool | None:
+        """None if not measured."""
+        if self.measured is None:
+            return None
+        bound, at_most = self.goal.bound, self.goal.at_most
+        return self.measured <= bound if at_most else self.measured >= bound
+
+    @property
+    def word(self) -> str:
+        return {None: "not measured", True: "met", False: "**MISSED**"}[self.met]
+
+
+def ours(records: list[Record]) -> Record | None:
+    """The native back-end, as `auto` picks it or by name; None if it did not compute rightly."""
+    at = {r["provider"]: r for r in records if r["status"] == "right"}
+    return at.get(f"{OURS}, native") or at.get(OURS)
+
+
+def to_floor(records: list[Record]) -> float | None:
+    found = ours(records) or {}
+    return stored.ratio(found.get("median_ms"), stored.time_of(records, FLOOR))
+
+
+def extra_mib(records: list[Record]) -> float | None:
+    extra = stored.extra_bytes(ours(records) or {})
+    return None if extra is None else extra / MIB
+
+
+def faster_than(peer: str) -> Callable[[list[Record]], float | None]:
+    """How many times faster we are than the fastest provider whose name starts so."""
+
+    def measure(records: list[Record]) -> float | None:
+        times = [r.get("median_ms") for r in _named(records, peer)]
+        known = [t for t in times if t is not None]
+        return stored.ratio(min(known, default=None), (ours(records) or {}).get("median_ms"))
+
+    return measure
+
+
+def extra_of_eager(records: list[Record]) -> float | None:
+    """Our memory beyond inputs and gradients over eager's."""
+    eager = [stored.extra_bytes(r) for r in _named(records, "eager")]
+    known = [e for e in eager if e is not None]
+    return stored.ratio(stored.extra_bytes(ours(records) or {}), min(known, default=None))
+
+
+def _named(records: list[Record], prefix: str) -> list[Record]:
+    right = (r for r in records if r["status"] == "right")
+    return [r for r in right if r["provider"].split(",")[0] == prefix]
+
+
+def wanted() -> list[Goal]:
+    """All goals on the CPU."""
+    found = []
+    for loss, bound, products in (
+        ("bidirectional_kl", 1.12, "its four products"),
+        ("jsd", 1.20, "its four products"),
+        ("cross_entropy", 1.12, "its three products"),
+        ("push_pull", 1.10, "its two projections"),
+    ):
+        found.append(Goal(f"{NAMES[loss]}: time over {products}", loss, 1024, to_floor, bound))
+    for loss, name in NAMES.items():
+        for N in (1024, 8192):
+            text = f"{name}, N={N}: MiB beyond inputs and gradients"
+            found.append(Goal(text, loss, N, extra_mib, 96))
+    for loss in ("bidirectional_kl", "jsd"):
+        name = NAMES[loss]
+        for peer, bound in (("eager", 1.6), ("trl", 2.0)):
+            text = f"{name}: times faster than {peer}"
+            found.append(Goal(text, loss, 1024, faster_than(peer), bound, at_most=False))
+        text = f"{name}: memory beyond inputs and gradients over eager's"
+        found.append(Goal(text, loss, 1024, extra_of_eager, 0.1))
+    return found
+
+
+def outcomes(runs: list[Run]) -> list[Outcome]:
+    """Set each goal beside the newest CPU run that measured it."""
+    newest = sorted(
+        (run for run in runs if run.device == "cpu"),
+        key=lambda run: run.content["started_utc"],
+        reverse=True,
+    )
+    found = []
+    for goal in wanted():
+        values = [(run, goal.measure(records)) for run, records in _cases(newest, goal)]
+        known = [(run, value) for run, value in values if value is not None]
+        found.append(Outcome(goal, *(known[0] if known else (None, None))))
+    return found
+
+
+def _cases(runs: list[Run], goal: Goal) -> list[tuple[Run, list[Record]]]:
+    """Cases that a goal speaks of, by run."""
+    wanted = {"loss": goal.loss, "N": goal.N, "head": HEAD, "dtype": DTYPE, "mode": "mean"}
+    wanted |= {"ignored": 0, "near": True, "trained": goal.loss != "push_pull"}
+    return [
+        (run, records)
+        for run in runs
+        for records in stored.groups(run.records, "case")
+        if all(records[0].get(key) == value for key, value in wanted.items())
+    ]
