@@ -9,9 +9,11 @@ import shutil
 
 import pytest
 
-from bench import ahead, exponents, goals, plots, record, report, stored
+from bench import record
 from bench.gpu.table import FLOOR, OURS
-from bench.stored import Run
+from bench.report import ahead, exponents, goals, plots, stored
+from bench.report import page as report
+from bench.report.stored import Run
 
 MIB = 2**20
 QUANTILES = {"median_ms", "p20_ms", "p80_ms", "min_ms"}

@@ -8,7 +8,6 @@ The page needs no matplotlib, its pictures do; without it they are left as they 
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from bench import ahead, exponents, goals, plots, record, stored
-from bench.cells import UNKNOWN, cell, duration, error, number, percent, size, time
+from bench import record
 from bench.gpu import table
-from bench.stored import Record, Run
+from bench.report import ahead, exponents, goals, plots, stored
+from bench.report.cells import UNKNOWN, cell, duration, error, number, percent, size, time
+from bench.report.stored import Record, Run
 
 ROOT = record.ROOT
 PAGE = stored.RESULTS.parent / "README.md"
@@ -260,7 +260,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.output.write_text(render(runs), encoding="utf-8")
     print(f"{options.output} from {len(runs)} runs, {draw(folder, runs)}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import stored
-from bench.exponents import SIZES, Line, fit, lines
-from bench.stored import Record, Run
+from bench.report import stored
+from bench.report.exponents import SIZES, Line, fit, lines
+from bench.report.stored import Record, Run
 
 PLOTS = stored.RESULTS.parent / "plots"
 # Okabe and Ito's colours, told apart by colour-blind people too; others stay grey in the overview

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bench import stored
-from bench.stored import Record
+from bench.report import stored
+from bench.report.stored import Record
 
 SIZES = "NVD"
 LEAST = 3  # points; two always lie on a line

@@ -3,7 +3,7 @@
 import html
 import re
 
-from bench.stored import Record
+from bench.report.stored import Record
 
 UNKNOWN = "-"
 MOST = 80  # letters of an error message

@@ -6,9 +6,9 @@ All are for the head of SmolLM2-135M in fp32. Those for CUDA stand in `bench/gpu
 from collections.abc import Callable
 from typing import NamedTuple
 
-from bench import stored
 from bench.gpu.table import FLOOR, OURS
-from bench.stored import Record, Run
+from bench.report import stored
+from bench.report.stored import Record, Run
 
 HEAD, DTYPE = "SmolLM2-135M", "float32"
 MIB = 2**20

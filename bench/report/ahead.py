@@ -8,8 +8,8 @@ has less than half the error. What only differs in the last digit of an fp32 los
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from bench import stored
-from bench.stored import Record, Run
+from bench.report import stored
+from bench.report.stored import Record, Run
 
 MEMORY_FACTOR, ERROR_FACTOR = 1.05, 2.0
 LOSS_STEP = 2.0**-23  # the loss is one fp32 number; errors below its last digit are luck
