@@ -259,14 +259,14 @@ def _backward_loss(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tupl
 def _scaled(saved: Tensor, factor: Tensor) -> Tensor:
     """Multiply a saved gradient, in its own memory if nobody can ask for it again.
 
-    A copy of dW would be the largest thing in memory.
+    A copy of dW would be the largest thing in memory, one of dX with a frozen head.
     """
     # a second backward (retain_graph) can; and a compiler, whose tensors are of other types,
     # plans memory itself
     again = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
     if again or type(factor) is not Tensor:
         return saved * factor
-    if factor.is_cpu and factor.item() == 1:
+    if factor.is_cpu and factor.numel() == 1 and factor.item() == 1:
         return saved
     return saved.mul_(factor)
 
@@ -294,7 +294,7 @@ def _backward_rows(ctx: Any, upstream_N: Tensor | None, *_: Tensor | None) -> tu
     needs = ctx.needs
     # rows that were left out are constants, whatever the upstream gradient holds there
     upstream_N = torch.where(row_weight_N == 0, 0, upstream_N)
-    dx_ND = dx_ND * upstream_N[:, None] if needs[0] else dx_ND
+    dx_ND = _scaled(dx_ND, upstream_N[:, None]) if needs[0] else dx_ND
     head = (upstream_N, upstream_N)
     if ctx.again and (needs[1] or needs[2]):
         head = lm_head_loss(*tensors, upstream_N, *ctx.settings, [False, *needs[1:]])[4:]

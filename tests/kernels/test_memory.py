@@ -71,6 +71,21 @@ def test_peak_with_a_trained_head():
     assert growth(loss, trained_head=True) < ALLOWED
 
 
+def test_one_gradient_of_the_hidden_states():
+    """As above, of a frozen head; many rows of few logits."""
+    N, V, D = 4096, 16, 256
+
+    def peak(**options):
+        x, w = torch.randn(N, D, requires_grad=True), torch.randn(V, D)
+        settings = {"chunk_bytes": 1 << 12, "backend": "torch"}
+        return peak_bytes(
+            lambda: bk.linear_bidirectional_kl(x, w, x.detach(), w, **settings).backward(**options)
+        )
+
+    assert peak(retain_graph=True) > 2 * 4 * N * D
+    assert 4 * N * D < peak() < 1.5 * 4 * N * D
+
+
 @pytest.mark.parametrize("factor", [1.0, 3.0])
 def test_one_gradient_of_the_head(factor):
     """It is multiplied by the upstream gradient where it is; a second backward needs a copy."""
