@@ -67,8 +67,8 @@ class RowOptions(TypedDict, total=False):
     """Divisor of "mean": the global number of rows under gradient accumulation or data
     parallelism. Default: the sum of the weights of the rows that count."""
     chunk_bytes: int | None
-    """Upper bound on the fp32 logits that exist at a time. Default: about 64 MiB on CPU, else
-    1 GiB."""
+    """Upper bound on the fp32 logits that exist at a time. Default: 64 MiB on CPU, 88 MiB
+    with the native library, 1 GiB elsewhere."""
     backend: Literal["auto", "torch", "triton", "native"]
     """Who computes; one named explicitly never falls back to another. "auto" takes Triton on CUDA
     and ROCm devices, the native library on CPU below fp64, and torch where these are absent."""

@@ -56,7 +56,7 @@ class Inputs(NamedTuple):
     params: list[float]  # the loss's own numbers, in its own order
     student_transform: list[float]  # LogitTransform.pack()
     teacher_transform: list[float]
-    backend: str  # "torch" or "triton"
+    backend: str  # resolved, never "auto"
     chunk_bytes: int
     all_rows: bool  # promise that no row_weight is 0
     needs: list[bool]  # gradients of student_hidden, student_weight, student_bias
@@ -261,10 +261,14 @@ def _scaled(saved: Tensor, factor: Tensor) -> Tensor:
 
     A copy of dW would be the largest thing in memory, one of dX with a frozen head.
     """
-    # a second backward (retain_graph) can; and a compiler, whose tensors are of other types,
-    # plans memory itself
+    # torch gives a saved output its node again, which would make the gradient need one
+    saved = saved.detach()
+    # a second backward (retain_graph) can; a compiler, whose tensors are of other types, plans
+    # memory itself; and of a batch of upstream gradients each needs a result of its own
+    functorch: Any = torch._C._functorch  # pyright: ignore
+    batched = functorch.is_batchedtensor(factor) or functorch.is_legacy_batchedtensor(factor)
     again = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore
-    if again or type(factor) is not Tensor:
+    if again or batched or type(factor) is not Tensor:
         return saved * factor
     if factor.is_cpu and factor.numel() == 1 and factor.item() == 1:
         return saved

@@ -97,6 +97,27 @@ def best_ids(head: Head, k: int, dtype: torch.dtype, backend: str, chunk_bytes: 
     return best
 
 
+def _chunk_rows(M: int, most: int) -> int:
+    """Return how many of M rows a chunk has at most, so that all can be of about that size.
+
+    In eights where that many fit: dW of 205 rows takes a CPU 1.15 times as long as dW of 208.
+    """
+    unit = 8 if most >= 8 else 1
+    most -= most % unit
+    units = -(-M // unit)
+    return unit * max(1, -(-units // max(1, -(-M // most))))
+
+
+def _bounds(M: int, C: int) -> list[int]:
+    """Cut M rows into chunks of at most C and of even size, in eights where C is one.
+
+    A short last chunk would read the whole head for a few rows.
+    """
+    unit, parts = 8 if C % 8 == 0 else 1, -(-M // C)
+    units = -(-M // unit)
+    return [*(unit * (units * i // parts) for i in range(parts)), M]
+
+
 class _Job:
     """One call of the driver: inputs, buffers, results."""
 
@@ -174,31 +195,29 @@ class _Job:
         width = padded(self.student.vocab) * len(self.heads)
         if self.loss.gathers and isinstance(self.teacher, TopK):
             width = self.teacher.ids.shape[1]
-        most = max(1, self.plan.chunk_bytes // (width * self.dtype.itemsize))
-        # of even size: a short last chunk would read the whole head for a few rows; and of eights:
-        # dW of five times 205 rows takes a CPU 1.15 times as long as that of 208
-        even = -(-self.M // max(1, -(-self.M // most)))
-        C = max(1, min(-(-even // 8) * 8, most))
+        C = _chunk_rows(self.M, max(1, self.plan.chunk_bytes // (width * self.dtype.itemsize)))
         buffer = self.row_weight_N.new_empty(0 if self.loss.gathers else C * width)
-        G, slab_GV = self._slab(C)
-        for first in range(0, self.M, G):
-            last = min(first + G, self.M)
-            for start, stop in pairwise([*range(first, last, C), last]):
+        chunks = list(pairwise(_bounds(self.M, C)))
+        together, slab_GV = self._slab(C)
+        for at in range(0, len(chunks), together):
+            group = chunks[at : at + together]
+            first, last = group[0][0], group[-1][1]
+            for start, stop in group:
                 place_CV = None if slab_GV is None else slab_GV[start - first : stop - first]
                 self._run_chunk(start, stop, buffer, place_CV)
             if slab_GV is not None:
                 self._add_dense(first, last, slab_GV[: last - first])
 
     def _slab(self, C: int) -> tuple[int, Tensor | None]:
-        """Return the rows of a slab and its memory; None: gradients go over their logits."""
+        """Return the chunks of a slab and its memory; None: gradients go over their logits."""
         if self.keeps and not self.sparse:
             return max(1, self.M), self.out.slab_NV
         row_bytes = padded(self.student.vocab) * self.gradient_dtype.itemsize
         chunks = self.sizes.slab_bytes // (C * row_bytes)
         if not (self.sums and self.needs.weight) or chunks < 2:
-            return C, None
+            return 1, None
         G = min(chunks * C, max(1, self.M))
-        return G, self.row_weight_N.new_empty(
+        return chunks, self.row_weight_N.new_empty(
             G, padded(self.student.vocab), dtype=self.gradient_dtype
         )
 

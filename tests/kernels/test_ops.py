@@ -87,9 +87,20 @@ def test_backward_again(case, factor, backend):
     for gradient in first:
         gradient.zero_()
     loss.backward(retain_graph=True)
-    loss.backward()
-    for tensor, gradient in zip(inputs[:2], expected, strict=True):
-        torch.testing.assert_close(tensor.grad, 2 * gradient, rtol=0, atol=0)
+    last = torch.autograd.grad(loss, inputs[:2])
+    for tensor, gradient, other in zip(inputs[:2], expected, last, strict=True):
+        torch.testing.assert_close(tensor.grad, gradient, rtol=0, atol=0)
+        torch.testing.assert_close(other, gradient, rtol=0, atol=0)
+        assert not other.requires_grad
+
+
+def test_a_batch_of_upstream_gradients(backend):
+    inputs = make_inputs(6, 40, seed=1).to(torch.float32)
+    loss = fused(CASES["kl_and_ce"], inputs, backend=backend)
+    once = torch.autograd.grad(loss, inputs[:2], retain_graph=True)
+    twice = torch.autograd.grad(loss, inputs[:2], torch.ones(2), is_grads_batched=True)
+    for single, batch in zip(once, twice, strict=True):
+        torch.testing.assert_close(batch, torch.stack([single, single]), rtol=0, atol=0)
 
 
 @each_kind
