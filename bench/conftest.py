@@ -49,6 +49,7 @@ class Run:
 
     def __init__(self) -> None:
         self.started = datetime.now(timezone.utc)
+        self.environment = record.environment()  # of the sources that are about to be imported
         self.meter: Meter | None = None
         self.before: Ceilings | None = None
         self.records: dict[Case, dict[str, Record]] = {}
@@ -219,23 +220,25 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
     """Add what pytest-benchmark does not know; the ceilings are measured once more."""
     run = config.stash[RUN]
     ceilings = []
-    if run.meter is not None and run.before is not None:
+    if run.meter is not None and run.before is not None and run.meter.broken() is None:
         both = {"before": run.before, "after": run.meter.ceilings()}
         ceilings = [{"when": when, **found._asdict()} for when, found in both.items()]
     output_json |= {
         "suite": _suite(config, output_json["benchmarks"]),
         "device": device_type(config),
         "started_utc": run.started.isoformat(timespec="seconds"),
-        "environment": record.environment(),
+        "environment": run.environment,
         "ceilings": ceilings,
         "not_timed": run.not_timed,
     }
 
 
 def _suite(config: pytest.Config, benchmarks: list[dict[str, Any]]) -> str:
-    """Name what was run: by its marker, or by its files."""
+    """Name what was run by its marker, or by its files; "-part" if cases were picked by name."""
+    part = "-part" if _option(config, "keyword") or _option(config, "tiny") else ""
     marker = _option(config, "markexpr")
     if marker.isidentifier():
-        return marker
+        return marker + part
     files = (bench["fullname"].split("::")[0] for bench in benchmarks)
-    return "-".join(path.rsplit("bench_", 1)[-1].removesuffix(".py") for path, _ in groupby(files))
+    names = (path.rsplit("bench_", 1)[-1].removesuffix(".py") for path, _ in groupby(files))
+    return "-".join(names) + part

@@ -85,17 +85,23 @@ def trl_function() -> Any:
 
 
 def trl(case: Case, loss: str, beta: float) -> Provider | None:
-    """Chunked divergence of trl: a loss per row; ignored rows it computes, its trainer masks them.
+    """Chunked divergence of trl: a loss per row.
 
-    Triton on a GPU, PyTorch's operations on a CPU.
+    Triton on a GPU, where its trainer takes ignored rows out before; PyTorch's operations on a CPU,
+    where it masks them afterwards.
     """
 
     def build(problem: Problem) -> Callable[[], Result]:
         apply = trl_function().apply
-        return by_autograd(
-            lambda p: apply(p.x_ND, p.w_VD, None, p.y_ND, p.v_VD, None, beta)[0] @ p.row_weight_N,
-            problem,
-        )
+
+        def loss(p: Problem) -> Tensor:
+            x, y, weight = p.x_ND, p.y_ND, p.row_weight_N
+            if p.case.ignored and x.is_cuda:
+                counts = weight != 0
+                x, y, weight = x[counts], y[counts], weight[counts]
+            return apply(x, p.w_VD, None, y, p.v_VD, None, beta)[0] @ weight
+
+        return by_autograd(loss, problem)
 
     return Provider(f"trl, beta {beta:g}", loss, build)
 

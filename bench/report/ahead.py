@@ -1,18 +1,22 @@
 """Where others are ahead: the first table of the page.
 
-A peer that computes the same loss, and computes it rightly, is ahead if it is faster than our best
-back-end by more than the ceilings drifted within the run, needs less memory by more than 5 %, or
-has less than half the error. What only differs in the last digit of an fp32 loss is no difference.
+A peer whose result is right is ahead of what `auto` picks if it is faster in at least 80 % of the
+turns, needs less memory by more than 5 %, or has less than half the error. Where turns cannot be
+told apart, it is ahead in time if the medians differ by more than the product ceiling drifted. A
+peer that computes another loss than the case's counts in time and memory, not in errors. What only
+differs in the last digit of an fp32 loss is no difference.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from bench.report import stored
-from bench.report.stored import Record, Run
+from bench.report.stored import Record, Run, Spread
 
 MEMORY_FACTOR, ERROR_FACTOR = 1.05, 2.0
+TURNS = 0.8  # share of them that is not by chance
 LOSS_STEP = 2.0**-23  # the loss is one fp32 number; errors below its last digit are luck
+KINDS = (*stored.CASES, "step")
 
 
 class Measure(NamedTuple):
@@ -20,8 +24,10 @@ class Measure(NamedTuple):
 
     name: str
     value: Callable[[Record], float | None]
-    factor: Callable[[Run], float]
-    """How many times less is ahead."""
+    factor: float = ERROR_FACTOR
+    """How many times less is ahead; of time the turns decide."""
+    any_loss: bool = False
+    """Whether it compares with who computes another loss."""
 
 
 class Lead(NamedTuple):
@@ -29,19 +35,21 @@ class Lead(NamedTuple):
 
     run: Run
     case: str
-    measure: str
+    measure: Measure
     ours: Record | None
-    """Our best back-end; None if there is no number of ours."""
+    """What `auto` picks; None if there is no number of ours."""
     others: list[Record]
     """Those ahead, the best first."""
-    value: Callable[[Record], float | None]
 
     @property
-    def times(self) -> float | None:
+    def times(self) -> Spread | None:
         """How many times less the best of them needs."""
         if self.ours is None:
             return None
-        return stored.ratio(self.value(self.ours), self.value(self.others[0]))
+        if self.measure is TIME:
+            return stored.times(self.ours, self.others[0])
+        value = self.measure.value
+        return Spread.of(stored.ratio(value(self.ours), value(self.others[0])))
 
 
 def _error(key: str, least: float = 0.0) -> Callable[[Record], float | None]:
@@ -52,30 +60,53 @@ def _error(key: str, least: float = 0.0) -> Callable[[Record], float | None]:
     return value
 
 
+TIME = Measure("time", lambda r: r.get("median_ms"), any_loss=True)
 MEASURES = (
-    Measure("time", lambda r: r.get("median_ms"), lambda run: 1 + run.drift),
-    Measure("memory", stored.extra_bytes, lambda run: MEMORY_FACTOR),
-    Measure("error of the loss", _error("error_loss", LOSS_STEP), lambda run: ERROR_FACTOR),
-    Measure("error of dX", _error("error_dx"), lambda run: ERROR_FACTOR),
-    Measure("error of dW", _error("error_dw"), lambda run: ERROR_FACTOR),
-    Measure("error of the gradient", _error("error_gradient"), lambda run: ERROR_FACTOR),
+    TIME,
+    Measure("memory", stored.extra_bytes, MEMORY_FACTOR, any_loss=True),
+    Measure("error of the loss", _error("error_loss", LOSS_STEP)),
+    Measure("error of dX", _error("error_dx")),
+    Measure("error of dW", _error("error_dw")),
+    Measure("error of the gradient", _error("error_gradient")),
 )
 
 
 def leads(run: Run) -> Iterator[Lead]:
     """Yield every case and measure of a run in which others are ahead."""
-    for records in stored.groups(run.records, *stored.CASES, "step"):
-        right = [r for r in records if r["status"] == "right" and not stored.is_floor(r)]
-        same = [r for r in right if r.get("computes", r.get("loss")) == r.get("loss")]
+    for records in stored.groups(run.records, *KINDS):
+        found = stored.ours(records, run.device)
         for measure in MEASURES:
-            known = [(v, r) for r in same if (v := measure.value(r)) is not None]
-            known.sort(key=lambda pair: pair[0])
-            ours = next(((v, r) for v, r in known if stored.is_ours(r)), None)
-            others = [(v, r) for v, r in known if not stored.is_ours(r)]
+            ours = found if found is not None and _known(measure, found) else None
+            others = [r for r in records if _is_peer(r) and _known(measure, r)]
             if ours is not None:
-                others = [(v, r) for v, r in others if v * measure.factor(run) < ours[0]]
+                others = [r for r in others if _ahead(measure, r, ours, run)]
             if others:
-                ahead = [r for _, r in others]
-                best = None if ours is None else ours[1]
-                name = stored.title(records[0])
-                yield Lead(run, name, measure.name, best, ahead, measure.value)
+                others.sort(key=lambda r: measure.value(r) or 0.0)
+                yield Lead(run, stored.title(records[0]), measure, ours, others)
+
+
+def compared(runs: Sequence[Run]) -> list[str]:
+    """Name the peers that have a time in any case."""
+    known = (r for run in runs for r in run.records if r["kind"] in KINDS)
+    return list(dict.fromkeys(r["provider"] for r in known if _is_peer(r) and r.get("median_ms")))
+
+
+def _is_peer(one: Record) -> bool:
+    return not stored.is_ours(one) and not stored.is_floor(one)
+
+
+def _known(measure: Measure, one: Record) -> bool:
+    """Whether there is a number, of a result that is right and compares."""
+    compares = measure.any_loss or not one.get("computes")
+    return one["status"] == "right" and compares and measure.value(one) is not None
+
+
+def _ahead(measure: Measure, one: Record, ours: Record, run: Run) -> bool:
+    factor = measure.factor
+    if measure is TIME:
+        turns = stored.turns(one, ours)
+        if turns:
+            return sum(ratio < 1 for ratio in turns) >= TURNS * len(turns)
+        factor = 1 + run.drift()
+    values = measure.value(one), measure.value(ours)
+    return values[0] is not None and values[1] is not None and values[0] * factor < values[1]

@@ -3,7 +3,7 @@
 import html
 import re
 
-from bench.report.stored import Record
+from bench.report.stored import Record, Spread
 
 UNKNOWN = "-"
 MOST = 80  # letters of an error message
@@ -72,3 +72,16 @@ def _status(one: Record) -> str:
 
 def number(value: float | None, form: str) -> str:
     return UNKNOWN if value is None else format(value, form)
+
+
+def spread(found: Spread | None, form: str = ".2f") -> str:
+    """A number and what lies around it.
+
+    Example:
+        >>> spread(Spread(1.07, 0.98, 1.12)), spread(Spread.of(1.0)), spread(None)
+        ('1.07 (0.98-1.12)', '1.00', '-')
+    """
+    if found is None:
+        return UNKNOWN
+    middle, low, high = (format(value, form) for value in found)
+    return middle if found.low == found.high else f"{middle} ({low}-{high})"

@@ -6,9 +6,8 @@ All are for the head of SmolLM2-135M in fp32. Those for CUDA stand in `bench/gpu
 from collections.abc import Callable
 from typing import NamedTuple
 
-from bench.gpu.table import FLOOR, OURS
 from bench.report import stored
-from bench.report.stored import Record, Run
+from bench.report.stored import Record, Run, Spread
 
 HEAD, DTYPE = "SmolLM2-135M", "float32"
 MIB = 2**20
@@ -26,7 +25,7 @@ class Goal(NamedTuple):
     text: str
     loss: str
     N: int
-    measure: Callable[[list[Record]], float | None]
+    measure: Callable[[list[Record]], Spread | None]
     bound: float
     at_most: bool = True
 
@@ -35,54 +34,54 @@ class Outcome(NamedTuple):
     """A goal and what came of it."""
 
     goal: Goal
-    run: Run | None
-    measured: float | None
-
-    @property
-    def met(self) -> bool | None:
-        """None if not measured."""
-        if self.measured is None:
-            return None
-        bound, at_most = self.goal.bound, self.goal.at_most
-        return self.measured <= bound if at_most else self.measured >= bound
+    run: Run | None = None
+    measured: Spread | None = None
+    status: str = "right"
+    """What came of ours."""
 
     @property
     def word(self) -> str:
-        return {None: "not measured", True: "met", False: "**MISSED**"}[self.met]
+        if self.status == "not installed":
+            return "not measured: not installed"
+        if self.status != "right":
+            return f"**MISSED**: {self.status}"
+        if self.measured is None:
+            return "not measured"
+        value, low, high = self.measured
+        bound = self.goal.bound
+        met = value <= bound if self.goal.at_most else value >= bound
+        return ("met" if met else "**MISSED**") + ", within noise" * (low < bound < high)
 
 
 def ours(records: list[Record]) -> Record | None:
-    """The native back-end, as `auto` picks it or by name; None if it did not compute rightly."""
-    at = {r["provider"]: r for r in records if r["status"] == "right"}
-    return at.get(f"{OURS}, native") or at.get(OURS)
+    """The native back-end, named or as `auto` picks it; None if it was not measured."""
+    return stored.ours(records, "cpu")
 
 
-def to_floor(records: list[Record]) -> float | None:
-    found = ours(records) or {}
-    return stored.ratio(found.get("median_ms"), stored.time_of(records, FLOOR))
+def to_floor(records: list[Record]) -> Spread | None:
+    return stored.times(ours(records), stored.base(records))
 
 
-def extra_mib(records: list[Record]) -> float | None:
+def extra_mib(records: list[Record]) -> Spread | None:
     extra = stored.extra_bytes(ours(records) or {})
-    return None if extra is None else extra / MIB
+    return Spread.of(None if extra is None else extra / MIB)
 
 
-def faster_than(peer: str) -> Callable[[list[Record]], float | None]:
+def faster_than(peer: str) -> Callable[[list[Record]], Spread | None]:
     """How many times faster we are than the fastest provider whose name starts so."""
 
-    def measure(records: list[Record]) -> float | None:
-        times = [r.get("median_ms") for r in _named(records, peer)]
-        known = [t for t in times if t is not None]
-        return stored.ratio(min(known, default=None), (ours(records) or {}).get("median_ms"))
+    def measure(records: list[Record]) -> Spread | None:
+        found = (stored.times(r, ours(records)) for r in _named(records, peer))
+        return min(filter(None, found), default=None)
 
     return measure
 
 
-def extra_of_eager(records: list[Record]) -> float | None:
+def extra_of_eager(records: list[Record]) -> Spread | None:
     """Our memory beyond inputs and gradients over eager's."""
     eager = [stored.extra_bytes(r) for r in _named(records, "eager")]
-    known = [e for e in eager if e is not None]
-    return stored.ratio(stored.extra_bytes(ours(records) or {}), min(known, default=None))
+    least = min((e for e in eager if e is not None), default=None)
+    return Spread.of(stored.ratio(stored.extra_bytes(ours(records) or {}), least))
 
 
 def _named(records: list[Record], prefix: str) -> list[Record]:
@@ -115,18 +114,22 @@ def wanted() -> list[Goal]:
 
 
 def outcomes(runs: list[Run]) -> list[Outcome]:
-    """Set each goal beside the newest CPU run that measured it."""
+    """Set each goal beside the newest CPU run that has its case, whatever came of it there."""
     newest = sorted(
         (run for run in runs if run.device == "cpu"),
         key=lambda run: run.content["started_utc"],
         reverse=True,
     )
-    found = []
-    for goal in wanted():
-        values = [(run, goal.measure(records)) for run, records in _cases(newest, goal)]
-        known = [(run, value) for run, value in values if value is not None]
-        found.append(Outcome(goal, *(known[0] if known else (None, None))))
-    return found
+    return [_outcome(goal, newest) for goal in wanted()]
+
+
+def _outcome(goal: Goal, newest: list[Run]) -> Outcome:
+    for run, records in _cases(newest, goal):
+        one = ours(records)
+        if one is not None:
+            right = one["status"] == "right"
+            return Outcome(goal, run, goal.measure(records) if right else None, one["status"])
+    return Outcome(goal)
 
 
 def _cases(runs: list[Run], goal: Goal) -> list[tuple[Run, list[Record]]]:

@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from bench import record
 from bench.gpu import table
 from bench.report import ahead, exponents, goals, plots, stored
-from bench.report.cells import UNKNOWN, cell, duration, error, number, percent, size, time
+from bench.report.cells import UNKNOWN, cell, duration, error, number, percent, size, spread, time
 from bench.report.stored import Record, Run
 
 ROOT = record.ROOT
@@ -37,6 +37,7 @@ def render(runs: Sequence[Run]) -> str:
     of = {kind: [run for run in runs if run.device == kind] for kind in ("cpu", "cuda")}
     return environment.get_template("README.md.j2").render(
         leads=[_lead(lead) for run in runs for lead in ahead.leads(run)],
+        peers=", ".join(f"`{name}`" for name in ahead.compared(runs)) or "nobody",
         outcomes=[_outcome(outcome) for outcome in goals.outcomes(list(runs))] if of["cpu"] else [],
         captions={run.letter: caption(run) for run in runs},
         **{kind: [_section(run) for run in chosen] for kind, chosen in of.items()},
@@ -74,7 +75,10 @@ def ceilings(run: Run) -> str:
     if not known:
         return "No ceilings were measured."
     mm, copy = known[0]["mm_flops_per_s"] / 1e9, known[0]["copy_bytes_per_s"] / 1e9
-    drift = f"they drifted by {run.drift:.0%} within the run" if len(known) > 1 else "measured once"
+    drift = "measured once"
+    if len(known) > 1:
+        drifts = run.drift(), run.drift("copy_bytes_per_s")
+        drift = "within the run they drifted by {:.0%} and {:.0%}".format(*drifts)
     return f"Ceilings: product {mm:.0f} GFLOP/s, copy {copy:.1f} GB/s; {drift}."
 
 
@@ -84,25 +88,24 @@ def _lead(lead: ahead.Lead) -> dict[str, str]:
     ours = "no result"
     if lead.ours is not None:
         ours = f"{_value(lead, lead.ours)} ({lead.ours['provider']})"
-    also = ", ".join(r["provider"] for r in lead.others[1:])
+    also = "; ".join(_provider(r) for r in lead.others[1:])
     return {
         "run": lead.run.letter,
         "case": lead.case,
-        "measure": lead.measure,
-        "best": cell(best["provider"]),
+        "measure": lead.measure.name,
+        "best": cell(_provider(best)),
         "theirs": _value(lead, best),
         "ours": ours,
-        "times": number(lead.times, ".2f"),
+        "times": spread(lead.times),
         "also": cell(also),
     }
 
 
 def _value(lead: ahead.Lead, one: Record) -> str:
-    if lead.measure == "time":
-        return duration(one["median_ms"], lead.run.device)
-    if lead.measure == "memory":
-        return size(stored.extra_bytes(one))
-    return f"{lead.value(one):.1e}"
+    value = lead.measure.value(one)
+    if lead.measure is ahead.TIME:
+        return duration(value, lead.run.device)
+    return size(value) if lead.measure.name == "memory" else error(value)
 
 
 def _outcome(outcome: goals.Outcome) -> dict[str, str]:
@@ -111,7 +114,7 @@ def _outcome(outcome: goals.Outcome) -> dict[str, str]:
     return {
         "text": goal.text,
         "bound": f"{'≤' if goal.at_most else '≥'} {goal.bound:g}",
-        "measured": number(outcome.measured, ".3g"),
+        "measured": spread(outcome.measured, ".3g"),
         "word": outcome.word,
         "run": outcome.run.letter if outcome.run else "",
     }
@@ -144,12 +147,11 @@ def _section(run: Run) -> dict[str, Any]:
 
 def case_row(one: Record, records: list[Record], device: str) -> dict[str, str]:
     """A provider of a case, in cells."""
-    floor = stored.ratio(one.get("median_ms"), stored.base_ms(records))
     gradients = one.get("gradient_bytes")
     return {
         "provider": _provider(one),
         "time": time(one, device),
-        "ratio": number(floor, ".2f"),
+        "ratio": spread(stored.times(one, stored.base(records))),
         "extra": size(stored.extra_bytes(one)),
         "gradients": size(gradients),
         "mm_share": percent(one.get("mm_share")),
@@ -159,11 +161,10 @@ def case_row(one: Record, records: list[Record], device: str) -> dict[str, str]:
 
 
 def _step_row(one: Record, records: list[Record]) -> dict[str, str]:
-    ratio = stored.ratio(one.get("median_ms"), stored.base_ms(records))
     return {
         "provider": _provider(one),
         "time": time(one, "cpu"),
-        "ratio": number(ratio, ".2f"),
+        "ratio": spread(stored.times(one, stored.base(records))),
         "tokens_per_s": number(one.get("tokens_per_s"), ".0f"),
         "peak": size(one.get("peak_bytes")),
         "state": size(one.get("state_bytes")),
@@ -173,7 +174,7 @@ def _step_row(one: Record, records: list[Record]) -> dict[str, str]:
 
 def _provider(one: Record) -> str:
     name = f"**{one['provider']}**" if stored.is_ours(one) else one["provider"]
-    return name + (f" (computes {one['computes']})" if one.get("computes") else "")
+    return name + stored.computes(one)
 
 
 def _exponent(line: exponents.Line) -> dict[str, str]:
@@ -222,11 +223,12 @@ def complaint(page: Path, folder: Path, runs: Sequence[Run]) -> str | None:
     if not page.exists() or page.read_text(encoding="utf-8") != render(runs):
         return f"{page.name}: got another text than the stored results make; {again}"
     drawn = {path.name for path in folder.glob("*.svg")}
-    wanted = {plot.name for run in runs for plot in plots.plots_of(run)}
-    if drawn != wanted:
-        odd = ", ".join(sorted(drawn ^ wanted))
+    wanted = {plot.name: plot for run in runs for plot in plots.plots_of(run)}
+    if drawn != wanted.keys():
+        odd = ", ".join(sorted(drawn ^ wanted.keys()))
         return f"{folder.name}: got pictures that are missing or left over ({odd}); {again}"
-    return None
+    stale = ", ".join(name for name, plot in wanted.items() if not plots.is_of(plot, folder))
+    return f"{folder.name}: got pictures of other results ({stale}); {again}" if stale else None
 
 
 def draw(folder: Path, runs: Sequence[Run]) -> str:

@@ -1,9 +1,11 @@
 """Pictures of stored results: one over everything in a file, and how it scales.
 
 Files are the same bytes for the same results and the same matplotlib: no date, ids from a fixed
-salt, letters as outlines. The face is white, so that they can be read on dark pages.
+salt, letters as outlines. They name the result file and its SHA-256, so that stale ones are found.
+The face is white, so that they can be read on dark pages.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any, NamedTuple
 
 from bench.report import stored
 from bench.report.exponents import SIZES, Line, fit, lines
-from bench.report.stored import Record, Run
+from bench.report.stored import Record, Run, Spread
 
 PLOTS = stored.RESULTS.parent / "plots"
 # Okabe and Ito's colours, told apart by colour-blind people too; others stay grey in the overview
@@ -27,9 +29,16 @@ class Plot(NamedTuple):
 
     name: str
     """Of the file."""
+    results: Path
+    """What is drawn."""
     caption: str
     draw: Callable[[], Any]
     """Returns a matplotlib figure."""
+
+    @property
+    def source(self) -> str:
+        """Name the result file as it is now."""
+        return f"{self.results.name}, SHA-256 {_digest(self.results)}"
 
 
 def plots_of(run: Run) -> Iterator[Plot]:
@@ -37,13 +46,19 @@ def plots_of(run: Run) -> Iterator[Plot]:
     stem = run.path.stem
     shown = _panels(run)
     if shown:
-        caption = f"run {run.letter}: time over the floor, of steps over the eager step"
-        yield Plot(f"{stem}-overview.svg", caption, partial(_overview, shown))
+        caption = f"run {run.letter}: time over the floor, of steps over eager's; lines: 20-80 %"
+        yield Plot(f"{stem}-overview.svg", run.path, caption, partial(_overview, shown))
     found = lines(run.records)
     for loss in dict.fromkeys(line.loss for line in found):
         own = [line for line in found if line.loss == loss]
         caption = f"run {run.letter}: {loss}, time and memory against N, V and D"
-        yield Plot(f"{stem}-scaling-{loss}.svg", caption, partial(_scaling, loss, own))
+        name = f"{stem}-scaling-{loss}.svg"
+        yield Plot(name, run.path, caption, partial(_scaling, loss, own))
+
+
+def is_of(plot: Plot, folder: Path = PLOTS) -> bool:
+    """Tell whether a picture in a folder was drawn from the results as they are now."""
+    return plot.source in (folder / plot.name).read_text(encoding="utf-8")
 
 
 def save(plot: Plot, folder: Path = PLOTS) -> Path:
@@ -68,9 +83,13 @@ def save(plot: Plot, folder: Path = PLOTS) -> Path:
         figure = plot.draw()
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / plot.name
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(path, metadata={"Date": None, "Source": plot.source})
         pyplot.close(figure)
     return path
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def _panels(run: Run) -> dict[str, list[list[Record]]]:
@@ -90,11 +109,11 @@ def _panels(run: Run) -> dict[str, list[list[Record]]]:
     return found
 
 
-def _bars(records: list[Record]) -> list[tuple[Record, float | None]]:
+def _bars(records: list[Record]) -> list[tuple[Record, Spread | None]]:
     """Providers of a case with their ratio; empty if there is no ratio at all."""
-    base = stored.base_ms(records)
+    base = stored.base(records)
     known = [r for r in records if not stored.is_floor(r) and r["status"] != "not installed"]
-    bars = [(r, stored.ratio(r.get("median_ms"), base)) for r in known]
+    bars = [(r, stored.times(r, base)) for r in known]
     return bars if any(value for _, value in bars) else []
 
 
@@ -128,7 +147,10 @@ def _overview(panels: dict[str, list[list[Record]]]) -> Any:
 
 
 def _panel(axis: Any, name: str, cases: list[list[Record]], height: float) -> None:
-    """Draw the bars of a loss, from 1 on a logarithmic axis: the floor is where they start."""
+    """Draw the bars of a loss, from 1 on a logarithmic axis: the floor is where they start.
+
+    A line through the end of a bar goes from 20 to 80 % of the turns.
+    """
     ticks, y, most, least = [], 0.0, 1.0, 1.0
     for records in cases:
         words = stored.title(records[0]).removeprefix(f"{name} ")
@@ -136,13 +158,15 @@ def _panel(axis: Any, name: str, cases: list[list[Record]], height: float) -> No
         axis.text(0.01, y, words, transform=beside, va="center", weight="bold")
         for one, value in _bars(records):
             y += 1
-            ticks.append((y, one["provider"] + _computes(one)))
+            ticks.append((y, one["provider"] + stored.computes(one)))
             if value is None:
                 axis.text(1.02, y, one["status"], va="center", color=FRAME, style="italic")
                 continue
-            axis.barh(y, value - 1, left=1, height=0.8, color=_colour(one))
-            axis.text(max(value, 1) * 1.02, y, f"{value:.2f}", va="center", color=FRAME)
-            most, least = max(most, value), min(least, value)
+            middle, low, high = value
+            axis.barh(y, middle - 1, left=1, height=0.8, color=_colour(one))
+            axis.plot((low, high), (y, y), color=FRAME, linewidth=1)
+            axis.text(max(high, 1) * 1.02, y, f"{middle:.2f}", va="center", color=FRAME)
+            most, least = max(most, high), min(least, low)
         y += GAP
     axis.set_xscale("log")
     axis.set_xlim(least * 0.9, max(2.0, most * 1.35))
@@ -151,8 +175,8 @@ def _panel(axis: Any, name: str, cases: list[list[Record]], height: float) -> No
     axis.set_ylim(height - 0.8, -1)
     axis.set_yticks([at for at, _ in ticks], [words for _, words in ticks])
     axis.tick_params(axis="y", length=0)
-    base = "eager step" if name == STEP else "floor"
-    axis.set_title(f"{name}: time over the {base} (logarithmic)", loc="left")
+    base = "eager's" if name == STEP else "the floor"
+    axis.set_title(f"{name}: time over {base} (log scale)", loc="left")
 
 
 def _plain_numbers(axis: Any, digits: Sequence[float], base: float = 10.0) -> None:
@@ -162,11 +186,6 @@ def _plain_numbers(axis: Any, digits: Sequence[float], base: float = 10.0) -> No
     axis.set_major_locator(LogLocator(base=base, subs=digits))
     axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axis.set_minor_formatter(NullFormatter())
-
-
-def _computes(one: Record) -> str:
-    """Say so where a peer computes another loss than the case's."""
-    return f" ({one['computes']})" if one.get("computes") else ""
 
 
 def _colour(one: Record) -> str:

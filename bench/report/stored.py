@@ -1,11 +1,17 @@
 """Stored results: which files count, and what a file says about its run.
 
-Of each suite the newest file of each kind of device counts; older ones stay for whoever compares.
+Of each suite the newest file of each device counts; older ones stay for whoever compares, and so do
+those of a part of a suite.
+
+Providers of a case take turns, so sample i of each is from the same moment. What slows the machine
+down for a while slows all of them, and is not in the ratios of a turn.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from bench import record
 from bench.gpu.table import FLOOR, OURS
@@ -13,6 +19,21 @@ from bench.gpu.table import FLOOR, OURS
 Record = dict[str, Any]
 RESULTS = record.ROOT / "bench" / "results"
 CASES = ("case", "scaling")
+PART = "-part"
+AUTO = {"cpu": "native", "cuda": "triton"}
+
+
+class Spread(NamedTuple):
+    """A number, and what lies around it; all three are the same where only one is known."""
+
+    middle: float
+    low: float
+    high: float
+    """From 20 to 80 %."""
+
+    @classmethod
+    def of(cls, value: float | None) -> "Spread | None":
+        return None if value is None else cls(value, value, value)
 
 
 class Run(NamedTuple):
@@ -35,26 +56,20 @@ class Run(NamedTuple):
     def records(self) -> list[Record]:
         return self.content["records"]
 
-    @property
-    def drift(self) -> float:
-        """Relative change of the ceilings within the run, the larger of the two.
-
-        A difference of times that is no larger is none.
-        """
-        known = self.content["ceilings"]
-        if len(known) < 2:
-            return 0.0
-        first, last = known[0], known[-1]
-        keys = [k for k in ("mm_flops_per_s", "copy_bytes_per_s") if first.get(k) and last.get(k)]
-        return max((abs(last[k] / first[k] - 1) for k in keys), default=0.0)
+    def drift(self, ceiling: str = "mm_flops_per_s") -> float:
+        """Relative change of a ceiling within the run."""
+        known = [c[ceiling] for c in self.content["ceilings"] if c.get(ceiling)]
+        return abs(known[-1] / known[0] - 1) if known else 0.0
 
 
 def stored_runs(folder: Path = RESULTS) -> list[Run]:
-    """Return the newest run of each (suite, kind of device): CPU first, then by suite."""
-    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    """Return the newest run of each device and suite: CPU first, then by name and suite."""
+    newest: dict[tuple[str, str, str], dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
         content = record.load(path)
-        key = device_of(content), suite_of(content)
+        if suite_of(content).endswith(PART):
+            continue
+        key = device_of(content), name_of(content), suite_of(content)
         # the date of the run, not of the file: a checkout gives every file its own
         if key not in newest or newest[key]["started_utc"] <= content["started_utc"]:
             newest[key] = content
@@ -75,6 +90,12 @@ def device_of(content: dict[str, Any]) -> str:
     """Return "cpu" or "cuda"."""
     # the GPU script's files do not say it; it stores nothing where there is no GPU
     return content.get("device", "cuda")
+
+
+def name_of(content: dict[str, Any]) -> str:
+    """Name of the accelerator; a CPU has none."""
+    known = content["environment"]["device"] if device_of(content) == "cuda" else None
+    return (known or {}).get("name", "")
 
 
 def groups(records: list[Record], *kinds: str) -> Iterator[list[Record]]:
@@ -110,16 +131,42 @@ def extra_bytes(one: Record) -> int | None:
     return None if peak is None else peak - (one.get("gradient_bytes") or 0)
 
 
+def ours(records: list[Record], device: str) -> Record | None:
+    """The back-end that `auto` picks, whatever came of it; steps and the GPU script name none."""
+    at = {r["provider"]: r for r in records}
+    return at.get(f"{OURS}, {AUTO[device]}") or at.get(OURS)
+
+
+def computes(one: Record) -> str:
+    """Say so where a peer computes another loss than the case's."""
+    return f" (computes {one['computes']})" if one.get("computes") else ""
+
+
 def ratio(one: float | None, other: float | None) -> float | None:
     return one / other if one is not None and other else None
 
 
-def time_of(records: list[Record], provider: str) -> float | None:
-    """Median time in ms of a provider of a case."""
-    return next((r.get("median_ms") for r in records if r["provider"] == provider), None)
+def turns(one: Record, other: Record) -> list[float]:
+    """How many times longer one provider took than another, turn by turn.
+
+    Empty if they have not the same number of samples: then nothing tells which belong together.
+    """
+    pair = [r.get("samples_ms") or [] for r in (one, other)]
+    return [a / b for a, b in zip(*pair, strict=True)] if len(pair[0]) == len(pair[1]) else []
 
 
-def base_ms(records: list[Record]) -> float | None:
-    """What the times of a case are set against: the floor's; of a step, which has none, eager's."""
+def times(one: Record | None, other: Record | None) -> Spread | None:
+    """How many times longer one provider takes than another: the median of the turns, or else the
+    ratio of the medians."""
+    if one is None or other is None:
+        return None
+    known = turns(one, other)
+    if not known:
+        return Spread.of(ratio(one.get("median_ms"), other.get("median_ms")))
+    return Spread(*np.quantile(known, (0.5, 0.2, 0.8)).tolist())
+
+
+def base(records: list[Record]) -> Record | None:
+    """What the times of a case are set against: the floor; of a step, which has none, eager."""
     provider = "eager" if records[0]["kind"] == "step" else FLOOR
-    return time_of(records, provider)
+    return next((r for r in records if r["provider"] == provider), None)

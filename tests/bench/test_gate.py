@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from bench import gate
+from bench.cases import Case
 from bench.gate import MEMORY_BYTES, Measured, Unmeasured
+from bench.record import processor
+from bidistill_kernels import _backends
 
 PEAK = 100 << 20
 RATIO, TOLERANCE = 1.1, 0.08
@@ -26,6 +29,7 @@ def file(tmp_path):
     """What is expected, as the gate writes it."""
     bound = {"ratio": RATIO, "tolerance": TOLERANCE, "peak_bytes": PEAK}
     content = {"isa": "avx512", "processors": 2, "threads": torch.get_num_threads()}
+    content["processor"] = processor()["processor"]
     content |= {"commit": "0" * 40, "dirty": False, "command": "python -m bench.gate --write"}
     content["cases"] = {case.name: bound for case in gate.CASES}
     path = tmp_path / "gate.json"
@@ -188,3 +192,22 @@ def test_nothing_is_written_without_the_library(file, capsys, monkeypatch):
     assert run(file, never, "--write") == 2
     assert file.read_text() == before
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_noisy_machine_is_refused(tmp_path, capsys):
+    path, noise = (
+        tmp_path / "gate.json",
+        [Measured(r, PEAK) for r in (1.0, 1.0, 1.0, 1.0, 1.0, 2.0)],
+    )
+    assert run(path, Meter(*noise), "--write", "--runs", "2") == 2
+    assert "run it again when the machine is quiet" in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_a_real_measurement():
+    """Of a case at whose size a ratio says nothing; everywhere else measuring is injected."""
+    if _backends.NO_NATIVE is not None:
+        pytest.skip(f"the native library is {_backends.NO_NATIVE}")
+    found = gate.measure(Case("jsd", 8, 32, 1000, dtype="float32"))
+    assert found.ratio > 0
+    assert found.peak_bytes > 8 * 32 * 4  # dX at least
