@@ -34,7 +34,8 @@ AGAIN = 2
 LEAST_TOLERANCE = 0.05
 MOST_TOLERANCE = 0.3  # a noisier machine has nothing to say
 MEMORY_BYTES = 8 << 20  # what the allocator's own pages may add to a peak
-CASE_S = 60.0  # a case takes about five
+TURNS = 15  # of a step of a fifth of a second; fewer leave the ratio to chance
+CASE_S = 60.0  # a case takes about ten
 LOSSES = ("bidirectional_kl", "jsd", "cross_entropy", "push_pull")
 HEAD = "SmolLM2-135M"
 # 128 rows are one chunk; of 512 the head's gradient is a sum over chunks
@@ -93,7 +94,7 @@ _TRUTHS: dict[Case, Truth] = {}
 def measure(case: Case) -> Measured:
     """Measure a case with the native back-end on the CPU."""
     everybody = [floor(case), ours(case, "native")]
-    records = measure_case(case, everybody, CpuMeter(), Budget(CASE_S), truth=_known_truth)
+    records = measure_case(case, everybody, CpuMeter(TURNS), Budget(CASE_S), truth=_known_truth)
     for one in records:
         if one["status"] != "right" or one["median_ms"] is None:
             said = " ".join(f"{one['status']} {one.get('error') or ''}".split())
