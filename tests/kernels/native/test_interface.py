@@ -169,9 +169,10 @@ def test_random_calls(library, data):
 def random_call(library, draw):
     names = [isa for isa in ISAS if library.bd_set_isa(isa.encode()) == 0]
     library.bd_set_isa(draw(st.sampled_from(names)).encode())
-    C = draw(st.integers(1, 9))
     # of one id alone the loss is 0, and the reference's a rounding error
     V = draw(st.one_of(st.integers(2, 70), st.integers(250, 2100)))
+    # short rows keep several threads busy only where there are many of them
+    C = draw(st.integers(1, 9) if V > 70 else st.one_of(st.integers(1, 9), st.integers(200, 900)))
     gap, threads = draw(st.integers(0, 20)), draw(st.integers(1, 5))
     torch.manual_seed(draw(st.integers(0, 999)))
     sides = torch.randn(2, C, V) * 3
