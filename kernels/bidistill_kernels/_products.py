@@ -12,8 +12,8 @@ from torch import Tensor
 
 # Rows of a 16-bit head converted at a time
 SLAB_ROWS = 4096
-# Head rows that a CPU projects at a time, somewhat faster than all at once; other products gain
-# nothing (bench/cpu_products.py)
+# Head rows that a CPU projects at a time, which is somewhat faster than all at once; the other
+# products gain nothing, see bench/cpu_products.py
 PROJECTED_ROWS = 2048
 # before, torch wants a sum of 16 bits where the operands have them
 _SUMS_IN_FP32 = torch.__version__ >= "2.11"  # compared as versions

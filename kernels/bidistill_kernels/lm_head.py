@@ -100,7 +100,8 @@ def best_ids(head: Head, k: int, dtype: torch.dtype, backend: str, chunk_bytes: 
 def _chunk_rows(M: int, most: int) -> int:
     """Return how many of M rows a chunk has at most, so that all can be of about that size.
 
-    In eights where that many fit: a CPU takes 1.1 times as long for dW by 205 rows as by 204 or 208 (bench/cpu_products.py).
+    In eights where that many fit: by 205 rows dW takes a CPU 1.1 times as long as by 208
+    (bench/cpu_products.py).
     """
     unit = 8 if most >= 8 else 1
     most -= most % unit
