@@ -27,6 +27,7 @@ from bench.floor import floor
 from bench.measure import measure_case
 from bench.meter import Budget, CpuMeter
 from bench.providers import ours
+from bench.report.stored import times
 from bidistill.files import write_text
 
 EXPECTED = record.ROOT / "bench" / "gate.json"
@@ -102,19 +103,10 @@ def measure(case: Case) -> Measured:
     bare, own = records
     if own["peak_bytes"] is None:
         raise Unmeasured(f"{case.name}: no peak memory, /proc/self/clear_refs cannot be written")
-    return Measured(ratio(bare["samples_ms"], own["samples_ms"]), own["peak_bytes"])
-
-
-def ratio(floor_ms: Sequence[float], own_ms: Sequence[float]) -> float:
-    """Return the median of the ratios within a turn.
-
-    It varies less than a ratio of medians: what slows a turn down slows both.
-
-    Example:
-        >>> ratio([1.0, 3.0, 1.0], [1.1, 3.3, 2.0])
-        1.1
-    """
-    return median(own / bare for bare, own in zip(floor_ms, own_ms, strict=False))
+    # within turns: what slows a turn down slows both
+    spread = times(own, bare)
+    assert spread is not None, "both have a median"
+    return Measured(spread.middle, own["peak_bytes"])
 
 
 def _known_truth(problem: Problem, loss: str) -> Truth:

@@ -65,7 +65,8 @@ def _error(record: Record | None) -> float | None:
     return max(known) if known else None
 
 
-def _ratio(one: float | None, other: float | None) -> float | None:
+def ratio(one: float | None, other: float | None) -> float | None:
+    """Return one / other, None where either is unknown."""
     return one / other if one is not None and other else None
 
 
@@ -88,13 +89,13 @@ def summary(records: list[Record]) -> dict[str, float | None]:
     peak = at.get(OURS, {}).get("peak_bytes")
     return {
         "ours_ms": ours,
-        "to_floor": _ratio(ours, ms.get(FLOOR)),
-        "over_liger": _ratio(least("liger", ms), ours),
-        "over_trl": _ratio(least("trl", ms), ours),
+        "to_floor": ratio(ours, ms.get(FLOOR)),
+        "over_liger": ratio(least("liger", ms), ours),
+        "over_trl": ratio(least("trl", ms), ours),
         "peak_gb": None if peak is None else peak / 1e9,
         "error": error,
         "trl_error": trl,
-        "error_to_trl": _ratio(*rounded),
+        "error_to_trl": ratio(*rounded),
     }
 
 
@@ -139,7 +140,7 @@ def _row(record: Record, floor_ms: float | None, content: Content) -> str:
     peak = record.get("peak_bytes")
     cells = [
         f"{record['provider']:24}",
-        f"{_number(_ratio(ms, floor_ms), '.2f'):>6}",
+        f"{_number(ratio(ms, floor_ms), '.2f'):>6}",
         f"{_number(None if peak is None else peak / 1e9, '.2f'):>6}",
         f"{_number(record.get('error_dx'), '.1e'):>8}",
         f"{_number(record.get('error_dw'), '.1e'):>8}",

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench import record
-from bench.gpu.table import FLOOR, OURS
+from bench.gpu.table import FLOOR, OURS, ratio
 
 Record = dict[str, Any]
 RESULTS = record.ROOT / "bench" / "results"
@@ -140,10 +140,6 @@ def ours(records: list[Record], device: str) -> Record | None:
 def computes(one: Record) -> str:
     """Say so where a peer computes another loss than the case's."""
     return f" (computes {one['computes']})" if one.get("computes") else ""
-
-
-def ratio(one: float | None, other: float | None) -> float | None:
-    return one / other if one is not None and other else None
 
 
 def turns(one: Record, other: Record) -> list[float]:

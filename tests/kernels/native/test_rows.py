@@ -16,10 +16,9 @@ from bidistill_kernels import (
 )
 from bidistill_kernels._native import bidirectional_kl, cross_entropy, jsd
 from bidistill_kernels._native.logits import NativeLogits
-from bidistill_kernels._rows import ROW_LOSSES, Chunk, RowResult
+from bidistill_kernels._rows import Chunk, RowResult
 from bidistill_kernels._top import top_ids
-from bidistill_kernels._torch_rows import TorchLogits
-from tests.kernels.row_losses import Loss, RowLosses
+from tests.kernels.row_losses import EDGES, Loss, RowLosses, check_masked, masked
 from tests.support import assert_close
 
 pytestmark = pytest.mark.usefixtures("isa")
@@ -224,18 +223,6 @@ def test_rising_and_falling_logits(loss):
     check(loss, Model(s), Model(t), torch.tensor([8999, 0]))
 
 
-EDGES = {
-    "teacher": ([], [2, 2499]),
-    "student": ([2, 2499], []),
-    "both": ([2, 2499], [2, 2499]),
-    "different": ([2, 5], [2499]),
-    "first": ([0], [0, 1]),
-    "first blocks": (range(2200), range(2200)),
-    "first blocks of one": ([], range(2200)),
-    "all but one": (range(1, 2500), range(1, 2500)),
-}
-
-
 @pytest.mark.parametrize(
     "loss", [FORWARD, REVERSE, jsd_of(0.3), CE], ids=["forward", "reverse", "jsd", "ce"]
 )
@@ -246,31 +233,8 @@ def test_masked_ids(loss, edge, peak):
 
     With a peak of 300 most ids have a probability of 0 in float32, and no part in an infinity.
     """
-    s, t = torch.randn(2, 1, 2500).unbind()
-    s[0, 2300] = peak
-    for side, ids in zip((s, t), EDGES[edge], strict=True):
-        side[0, list(ids)] = -inf
-    target = torch.tensor([2300 if edge != "all but one" else 0])
-    inputs = Model(s), Model(t), target
-    result, gradient = fused(loss, *inputs)
-    plain, by_torch = _by_torch(loss, *inputs)
-    if not peak and edge != "all but one":  # (where float64 has 1e-16, or probabilities of 1e-130)
-        expected, own = (reference(loss, *inputs, d)[0] for d in (torch.float64, torch.float32))
-        assert_close("loss", result.loss_C, expected, own)
-    for name, actual, wanted in (
-        ("loss", result.loss_C, plain.loss_C),
-        ("gradient", gradient, by_torch),
-        *(("stats", *pair) for pair in zip(result.stats, plain.stats, strict=True)),
-    ):
-        assert torch.equal(actual.isfinite(), wanted.isfinite()), name
-        assert_close(name, torch.where(wanted.isnan(), nan, actual), wanted.double(), wanted)
-
-
-def _by_torch(loss, student, teacher, target):
-    gradient = torch.empty_like(student.raw)
-    other = None if loss is CE else teacher.logits(TorchLogits)
-    chunk = Chunk(student.logits(TorchLogits), other, target, gradient, need_gradient=True)
-    return ROW_LOSSES[loss.name].function(chunk, loss.params), gradient
+    s, t, target = masked(edge, peak)
+    check_masked(loss, Model(s), Model(t), target, fused, reference)
 
 
 @LOSSES

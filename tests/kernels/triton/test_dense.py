@@ -18,12 +18,11 @@ import triton.language as tl
 from bidistill_kernels import (
     LogitTransform,
 )
-from bidistill_kernels._rows import ROW_LOSSES, Chunk, RowResult
-from bidistill_kernels._torch_rows import TorchLogits
+from bidistill_kernels._rows import Chunk, RowResult
 from bidistill_kernels._triton import bidirectional_kl, cross_entropy, jsd, pieces
 from bidistill_kernels._triton.launch import TritonLogits
 from tests.kernels.cases import DEVICE
-from tests.kernels.row_losses import Loss, RowLosses
+from tests.kernels.row_losses import EDGES, Loss, RowLosses, check_masked, masked
 from tests.support import assert_close
 
 # the interpreter is NumPy, which warns of lanes that hold -inf and of branches that are not taken
@@ -236,17 +235,6 @@ def test_confident_row(loss):
     close("gradient", gradient, expected[1], own[1].bfloat16())
 
 
-EDGES = {
-    "teacher": ([], [2, 2499]),
-    "student": ([2, 2499], []),
-    "both": ([2, 2499], [2, 2499]),
-    "different": ([2, 5], [2499]),
-    "first": ([0], [0, 1]),
-    "first block": (range(2200), range(2200)),
-    "all but one": (range(1, 2500), range(1, 2500)),
-}
-
-
 @pytest.mark.parametrize(
     "loss", [FORWARD, REVERSE, jsd_of(0.3), CE], ids=["forward", "reverse", "jsd", "ce"]
 )
@@ -257,31 +245,8 @@ def test_masked_ids(loss, edge, peak):
 
     With a peak of 300 most ids have a probability of 0 in float32, and no part in an infinity.
     """
-    s, t = torch.randn(2, 1, 2500, device=DEVICE).unbind()
-    s[0, 2300] = peak
-    for side, ids in zip((s, t), EDGES[edge], strict=True):
-        side[0, list(ids)] = -inf
-    target = torch.tensor([2300 if edge != "all but one" else 0], device=DEVICE)
-    inputs = Model(s), Model(t), target
-    result, gradient = fused(loss, *inputs)
-    plain, by_torch = _by_torch(loss, *inputs)
-    if not peak and edge != "all but one":  # (where float64 has 1e-16, or probabilities of 1e-130)
-        expected, own = (reference(loss, *inputs, d)[0] for d in (torch.float64, torch.float32))
-        close("loss", result.loss_C, expected, own)
-    for name, actual, wanted in (
-        ("loss", result.loss_C, plain.loss_C),
-        ("gradient", gradient, by_torch),
-        *(("stats", *pair) for pair in zip(result.stats, plain.stats, strict=True)),
-    ):
-        assert torch.equal(actual.isfinite(), wanted.isfinite()), name
-        close(name, torch.where(wanted.isnan(), nan, actual), wanted.double(), wanted)
-
-
-def _by_torch(loss, student, teacher, target):
-    gradient = torch.empty_like(student.raw)
-    other = None if loss is CE else teacher.logits(TorchLogits)
-    chunk = Chunk(student.logits(TorchLogits), other, target, gradient, need_gradient=True)
-    return ROW_LOSSES[loss.name].function(chunk, loss.params), gradient
+    s, t, target = (x.to(DEVICE) for x in masked(edge, peak))
+    check_masked(loss, Model(s), Model(t), target, fused, reference)
 
 
 @LOSSES
