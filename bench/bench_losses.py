@@ -43,11 +43,11 @@ def cases(device: torch.device) -> Iterator[Case]:
     """Yield the cases of the whole matrix."""
     for mode in MODES:
         for loss in LOSSES:
-            yield case_for(SMALL, loss, device, compiled=not mode, **mode)
+            yield case_for(SMALL, loss, device, compiled=True, **mode)
     for head in LARGER:
         for loss in DENSE:
             for mode in MODES[:2]:
-                yield case_for(head, loss, device, **mode)
+                yield case_for(head, loss, device, compiled=True, **mode)
 
 
 def quick(case: Case, provider: Provider) -> bool:

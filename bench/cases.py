@@ -21,6 +21,8 @@ import bidistill_kernels as bk
 # relative error in the Frobenius norm above which a gradient is wrong and gets no time; bf16 logits
 # cost 16 to 80 % of it, one rounding to bf16 0.2 %
 WRONG = 0.05
+# on a CPU: so many rows of a head that has fewer numbers than this
+CPU_ROWS = (256, 1 << 25), (64, 1 << 29), (32, 1 << 31)
 NOISE = 0.05  # of the teacher's hidden states
 STORED_IDS = 64  # of a teacher that was stored, as `topk_kl` takes it
 TRUTH_BYTES = 256 << 20  # of fp64 logits, or of a slice of the head, that exist at a time
@@ -125,12 +127,12 @@ class Truth(NamedTuple):
 
 def case_for(head: str, loss: str, device: torch.device, **options: Any) -> Case:
     """Return a case on a real head: 8192 rows in bf16 on a GPU; on a CPU rows in fp32 and so few
-    that the bare products take about a second."""
+    that the bare products take a second or two."""
     D, V = HEADS[head]
     N, dtype = 8192, "bfloat16"
     if device.type == "cpu":
-        # 64 of the largest head, 256 of the smallest
-        N, dtype = (256 if V * D < 1 << 25 else 64), "float32"
+        # 256 of the smallest head, 32 of the largest
+        N, dtype = next(N for N, size in CPU_ROWS if size > V * D), "float32"
     return Case(loss, **{"N": N, "D": D, "V": V, "head": head, "dtype": dtype} | options)
 
 

@@ -129,6 +129,8 @@ def meter(request: pytest.FixtureRequest) -> Meter:
     """What times and weighs; the ceilings are measured before it is used."""
     config, run = request.config, request.config.stash[RUN]
     found = CpuMeter() if device_type(config) == "cpu" else CudaMeter()
+    if isinstance(found, CpuMeter):
+        found.limit_memory()
     if _option(config, "markexpr") == "quick":
         found.turns = min(found.turns, QUICK_TURNS)
     found.turns = _option(config, "turns") or found.turns

@@ -15,7 +15,7 @@ import torch
 from bench import cases, floor
 from bench.cases import Case
 from bench.meter import Budget, Ceilings, Meter, Step, TimeLimit, forget, quantile, time_limit
-from bench.provider import NotInstalled, Provider
+from bench.provider import NotInstalled, NotOffered, Provider
 
 Record = dict[str, Any]
 QUANTILES = {"median_ms": 0.5, "p20_ms": 0.2, "p80_ms": 0.8, "min_ms": 0.0}
@@ -37,6 +37,8 @@ def reason(error: BaseException) -> tuple[str, str]:
         return "out of memory", str(error)
     if isinstance(error, NotInstalled):
         return "not installed", str(error)
+    if isinstance(error, NotOffered):
+        return "not offered", str(error)
     # a part of the library under test that cannot be found is no missing package
     if isinstance(error, ModuleNotFoundError) and "bidistill" not in str(error.name):
         return "not installed", message

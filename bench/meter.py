@@ -9,6 +9,7 @@ a dry run has none to report.
 import ctypes
 import gc
 import re
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ import torch
 
 Step = Callable[[], Any]
 PROC = Path("/proc")
+MEMORY_SHARE = 0.95  # of what is free, that a run on the CPU may take
 
 
 class TimeLimit(Exception):
@@ -160,6 +162,17 @@ class CpuMeter:
 
     def broken(self) -> str | None:
         return None
+
+    def limit_memory(self) -> None:
+        """Let the allocator refuse what the machine does not have, as a GPU's does.
+
+        Otherwise the kernel lends it, and ends the whole run when it is used.
+        """
+        free = self.free_bytes()
+        if free is not None:
+            most = int(MEMORY_SHARE * free) + _resident("VmData")
+            hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+            resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 def _resident(mark: str) -> int:

@@ -1,7 +1,7 @@
 """Other projects, each by the function it offers its users.
 
 They are imported when their provider is built, so that one that is missing or broken costs nobody
-else anything. A function says which cases its project has nothing for: None there.
+else anything. A project that has nothing for a case says so then.
 """
 
 import importlib
@@ -17,8 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.cases import Case, Problem
-from bench.provider import NotInstalled, Provider, Result, by_autograd
+from bench.provider import NotInstalled, NotOffered, Provider, Result, by_autograd
 
+# F.linear_cross_entropy makes chunks so small that the head is read for every one or two rows where
+# there are fewer rows than the head is wide: its documentation advises whole logits then. Of still
+# fewer rows a step takes a minute.
+CHUNKED_FROM = 4
 KL_ENDS = (("forward_kl", 0.0), ("reverse_kl", 1.0))
 
 
@@ -40,12 +44,11 @@ def reduced(out: Tensor, problem: Problem) -> Tensor:
     return out @ problem.row_weight_N if problem.case.mode == "none" else out
 
 
-def liger(case: Case, loss: str, beta: float) -> Provider | None:
+def liger(case: Case, loss: str, beta: float) -> Provider:
     """Fused JSD of liger-kernel, a Triton kernel: no loss per row."""
-    if case.mode == "none":
-        return None
 
     def build(problem: Problem) -> Callable[[], Result]:
+        _require_mean(case)
         _require_triton(problem)
         module = importlib.import_module("liger_kernel.transformers")
         function = module.LigerFusedLinearJSD(jsd_beta=beta)
@@ -54,13 +57,12 @@ def liger(case: Case, loss: str, beta: float) -> Provider | None:
     return Provider(f"liger, beta {beta:g}", loss, build)
 
 
-def liger_chunked(case: Case, loss: str, beta: float) -> Provider | None:
+def liger_chunked(case: Case, loss: str, beta: float) -> Provider:
     """Chunked JSD of liger-kernel, PyTorch's own operations: no loss per row; a frozen head's
     gradient it computes all the same, and without gradients both."""
-    if case.mode == "none":
-        return None
 
     def build(problem: Problem) -> Callable[[], Result]:
+        _require_mean(case)
         module = importlib.import_module("liger_kernel.chunked_loss")
         soft = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0}
         function = module.LigerFusedLinearJSDLoss(beta=beta, **soft)
@@ -84,7 +86,7 @@ def trl_function() -> Any:
     return importlib.import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
 
 
-def trl(case: Case, loss: str, beta: float) -> Provider | None:
+def trl(case: Case, loss: str, beta: float) -> Provider:
     """Chunked divergence of trl: a loss per row.
 
     Triton on a GPU, where its trainer takes ignored rows out before; PyTorch's operations on a CPU,
@@ -106,16 +108,15 @@ def trl(case: Case, loss: str, beta: float) -> Provider | None:
     return Provider(f"trl, beta {beta:g}", loss, build)
 
 
-def orda(case: Case) -> Provider | None:
+def orda(case: Case) -> Provider:
     """Distillation loss of orda-kernel: no loss per row; on a CPU it builds whole logits."""
-    if case.mode == "none":
-        return None
     # Jeffreys is the sum of both KLs; skew JS of 0.5 is the Jensen-Shannon divergence
     kl = {"kl_divergence": "jeffreys", "kl_weight": 0.5}
     if case.loss == "jsd":
         kl = {"kl_divergence": "skew_js", "kl_beta": 0.5, "kl_weight": 1.0}
 
     def build(problem: Problem) -> Callable[[], Result]:
+        _require_mean(case)
         module: Any = importlib.import_module("orda_kernel")
         weights = {"student_ce_weight": 0.0, "teacher_ce_weight": 0.0}
         labels = _labels(problem)
@@ -129,12 +130,11 @@ def orda(case: Case) -> Provider | None:
     return Provider("orda", case.loss, build)
 
 
-def liger_cross_entropy(case: Case) -> Provider | None:
+def liger_cross_entropy(case: Case) -> Provider:
     """Fused linear cross-entropy of liger-kernel, Triton: its loss per row has no backward."""
-    if case.mode == "none":
-        return None
 
     def build(problem: Problem) -> Callable[[], Result]:
+        _require_mean(case)
         _require_triton(problem)
         module = importlib.import_module("liger_kernel.transformers")
         function = module.LigerFusedLinearCrossEntropyLoss()
@@ -156,36 +156,37 @@ def cut_cross_entropy(case: Case) -> Provider:
     return Provider("cut-cross-entropy", case.loss, build)
 
 
-def torch_cross_entropy(case: Case) -> Provider:
-    """PyTorch's linear cross-entropy: everything.
-
-    In chunks where there are as many rows as the head is wide. Its documentation calls whole logits
-    cheaper below that: of 256 rows it would take two at a time, which is several times slower.
-    """
+def torch_cross_entropy(case: Case, *, chunked: bool) -> Provider:
+    """PyTorch's linear cross-entropy: everything; by itself from whole logits, or in chunks."""
 
     def build(problem: Problem) -> Callable[[], Result]:
         if not hasattr(F, "linear_cross_entropy"):
             raise NotInstalled(f"torch {torch.__version__}: F.linear_cross_entropy came with 2.13")
         run: Any = F.linear_cross_entropy  # pyright: ignore
         options: dict[str, Any] = {"reduction": reduction(case)}
-        if case.N >= case.D:
+        if chunked:
             options["options"] = torch.nn.LinearCrossEntropyOptions()  # pyright: ignore
         return by_autograd(lambda p: reduced(run(*_ce_inputs(p), **options), p), problem)
 
-    return Provider("F.linear_cross_entropy", case.loss, build)
+    return Provider("F.linear_cross_entropy" + ", chunked" * chunked, case.loss, build)
 
 
 def peers(case: Case) -> list[Provider]:
     """Everybody else who has something for a case."""
-    found: list[Provider | None] = []
     if case.loss == "cross_entropy":
-        found = [liger_cross_entropy(case), cut_cross_entropy(case), torch_cross_entropy(case)]
-    elif case.loss in ("bidirectional_kl", "jsd"):
-        found = [
-            make(case, *end) for make in (liger, liger_chunked, trl) for end in divergences(case)
-        ]
-        found.append(orda(case))
-    return [provider for provider in found if provider is not None]
+        whole, chunked = (torch_cross_entropy(case, chunked=chunked) for chunked in (False, True))
+        found = [liger_cross_entropy(case), cut_cross_entropy(case), whole]
+        return found + [chunked] * (case.N >= case.D / CHUNKED_FROM)
+    if case.loss in ("bidirectional_kl", "jsd"):
+        makes = liger, liger_chunked, trl
+        return [*(make(case, *end) for make in makes for end in divergences(case)), orda(case)]
+    return []
+
+
+def _require_mean(case: Case) -> None:
+    """A loss per row is not what every project has."""
+    if case.mode == "none":
+        raise NotOffered("no loss per row with a backward")
 
 
 def _ce_inputs(p: Problem) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -29,6 +29,10 @@ class NotInstalled(Exception):
     """Something that this installation or this machine does not have."""
 
 
+class NotOffered(Exception):
+    """Something that a project has no function for."""
+
+
 def by_autograd(loss: Loss, problem: Problem) -> Callable[[], Result]:
     """Return the step of a loss that autograd differentiates."""
 
