@@ -25,7 +25,10 @@ WRONG = 0.05
 CPU_ROWS = (256, 1 << 25), (64, 1 << 29), (32, 1 << 31)
 NOISE = 0.05  # of the teacher's hidden states
 STORED_IDS = 64  # of a teacher that was stored, as `topk_kl` takes it
-TRUTH_BYTES = 256 << 20  # of fp64 logits, or of a slice of the head, that exist at a time
+TRUTH_BYTES = 256 << 20  # of fp64 logits that exist at a time
+# of a slice of the head in fp64: larger ones the C library maps anew each time, page by page, which
+# takes several times as long as what is done with them
+SLICE_BYTES = 8 << 20
 ROW_TENSORS = 12  # as large as the logits of a chunk, that its truth takes at most
 
 
@@ -193,7 +196,7 @@ def chunk_rows(V: int) -> int:
 
 def _slices(head_VD: Tensor) -> Iterator[slice]:
     """Cut a head into what may exist in fp64."""
-    S = max(1, TRUTH_BYTES // (8 * head_VD.shape[1]))
+    S = max(1, SLICE_BYTES // (8 * head_VD.shape[1]))
     return (slice(at, at + S) for at in range(0, len(head_VD), S))
 
 
