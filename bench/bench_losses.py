@@ -2,8 +2,8 @@
 
     pytest bench/bench_losses.py --benchmark-only --benchmark-json=bench/results/DATE-SLUG.json
 
-All modes on the smallest head; on the others the dense losses, trained and frozen. A CPU, which takes
-an hour for these, freezes the head of one loss alone. `-m quick` takes minutes on two cores.
+All modes on the smallest head; on the others the dense losses, trained and frozen. A CPU, which
+takes an hour for these, freezes the head of one loss alone. `-m quick` takes minutes on two cores.
 `-m targets` is what the native back-end's bounds are about: more rows, and memory alone at 8192.
 """
 
