@@ -26,8 +26,8 @@ help:
 demo: $(INSTALLED)
 	$(BIN)/bidistill demo --output runs/demo --overwrite
 
-test: $(INSTALLED) $(OLDEST_TRITON)
-	OLDEST_TRITON=$(OLDEST_TRITON) $(BIN)/python -m pytest
+test: $(INSTALLED) $(OLDEST_TRITON) $(PEERS)
+	OLDEST_TRITON=$(OLDEST_TRITON) PEERS=$(PEERS) $(BIN)/python -m pytest
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

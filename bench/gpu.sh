@@ -19,11 +19,19 @@ site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
 export PYTHONPATH=$PWD/kernels:$PWD:$site PYTHONUNBUFFERED=1
 
-# what only helps a peer or us along is left aside if the machine has it
+version=$("$PYTHON" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
+
+# what only helps a peer or us along is left aside if the machine has it, or is of another Python
 needed() {
   case $1 in
-    jaxtyping-* | wadler_lindig-* | typing_extensions-*)
+    pydantic_core-*)
+      [[ $1 == *-$version-* ]] && ! "$PYTHON" -c "import pydantic" 2> /dev/null
+      ;;
+    jaxtyping-* | wadler_lindig-* | typing_extensions-* | annotated_types-* | typing_inspection-*)
       ! "$PYTHON" -c "import ${1%%-*}" 2> /dev/null
+      ;;
+    pydantic-*)
+      ! "$PYTHON" -c "import pydantic" 2> /dev/null
       ;;
   esac
 }
@@ -31,7 +39,7 @@ for wheel in .wheels/*.whl; do
   if [[ ! -e $wheel ]]; then
     echo "no wheels, so no peers; bench/wheels.sh fetches them where there is a network"
   elif needed "$(basename "$wheel")"; then
-    # a pure Python wheel is installed by unpacking it
+    # such wheels are installed by unpacking them
     "$PYTHON" -m zipfile -e "$wheel" "$site"
   fi
 done

@@ -27,6 +27,7 @@ from bench.gpu import table
 
 CRASHED = 3  # of bench.gpu.measure: the device no longer answers that process
 RELAUNCHES = 4
+MEASURED = ("case", "tuning", "step")
 PATIENCE_S = 8.0  # between asking a step to stop and ending it
 
 
@@ -51,6 +52,7 @@ def steps(dry: bool) -> list[Step]:
         Step("tests", pytest, 140),
         Step("main", ["bench.gpu.measure", "--plan", "main"], 270),
         Step("tuning", ["bench.gpu.tuning"], 60),
+        Step("steps", ["bench.gpu.whole_steps"], 60, least_s=40),
         Step("middle", ["bench.gpu.measure", "--plan", "middle"], 100, least_s=40),
     ]
 
@@ -142,7 +144,7 @@ class Run:
         if status != 0:
             state["status"] = "time limit" if status is None else "failed"
             state["error"] = log.read_text(errors="replace")[-2000:]
-        elif not self.options.cases and not any(r["kind"] in ("case", "tuning") for r in found):
+        elif not self.options.cases and not any(r["kind"] in MEASURED for r in found):
             state |= {"status": "failed", "error": "nothing was measured"}
 
 
@@ -169,7 +171,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench/gpu.sh", description="Tests, timings and tuning.")
     parser.add_argument("--dry-run", action="store_true", help="CPU, tiny shapes, no times")
     parser.add_argument("--seconds", type=float, default=525.0, help="time for the whole run")
-    parser.add_argument("--steps", default="tests,main,tuning,middle", help="steps to run")
+    parser.add_argument("--steps", default="tests,main,tuning,steps,middle", help="steps to run")
     parser.add_argument("--cases", default="", help="only cases with this in their name")
     parser.add_argument("--backend", default="triton", help="of the library under test")
     options = parser.parse_args()

@@ -161,10 +161,25 @@ def text(content: Content) -> str:
         floor_ms = at.get(FLOOR, {}).get("median_ms")
         lines.append(case)
         lines += [_row(record, floor_ms, content) for record in records]
+    lines += [_step(r, content) for r in content["records"] if r["kind"] == "step"]
     others = ("tuning", "not reached", "device lost")
     found = [record for record in content["records"] if record["kind"] in others]
     lines += [_tuning(record, dry=content["dry_run"]) for record in found]
     return "\n".join([*lines, *_short(content)])
+
+
+def _step(record: Record, content: Content) -> str:
+    """A whole unlearning step with somebody's divergence."""
+    words = [record["status"]]
+    if record.get("median_ms") is not None:
+        rate = f"{record['median_ms']:.1f} ms, {record['tokens_per_s']:.0f} tokens/s"
+        words = [f"{rate}{_mark(content)}"]
+    elif content["dry_run"]:
+        words.append("no time")
+    peak, error = record.get("peak_bytes"), record.get("error_gradient")
+    words += [] if peak is None else [f"{peak / 1e9:.2f} GB"]
+    words += [] if error is None else [f"error of the gradient {_number(error, '.1e')}"]
+    return f"  {record['case']} {record['provider']:26} {', '.join(words)}"
 
 
 def _tuning(record: Record, *, dry: bool) -> str:

@@ -87,6 +87,27 @@ def test_dry_run(tmp_path):
     assert not re.search(r"\d ms\b", run.stdout)
 
 
+@pytest.mark.slow
+def test_dry_run_of_whole_steps(tmp_path):
+    run = subprocess.run(
+        ["bash", "bench/gpu.sh", "--dry-run", "--steps", "steps", "--cases", "full"],
+        cwd=record.ROOT,
+        env={**os.environ, "OUT": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    (path,) = tmp_path.glob("*.json")
+    content = json.loads(path.read_text())
+    steps = {one["provider"]: one for one in content["records"]}
+    assert {one["case"] for one in steps.values()} == {"full step, 2 x 24 tokens"}
+    assert steps["bidistill"]["status"] == "right"
+    assert 0 < steps["bidistill"]["error_gradient"] < 1e-4
+    assert not any(dict(_times(content)).values())
+    assert re.search(r"full step, 2 x 24 tokens bidistill +right, no time", run.stdout)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to measure")
 def test_without_a_device_nothing_is_measured():
     command = [sys.executable, "-m", "bench.gpu"]
