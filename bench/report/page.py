@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from bench import record
 from bench.gpu import table
+from bench.measure import shares
 from bench.report import ahead, exponents, goals, plots, stored
 from bench.report.cells import UNKNOWN, cell, duration, error, number, percent, size, spread, time
 from bench.report.stored import Record, Run
@@ -71,15 +72,14 @@ def caption(run: Run) -> str:
 
 def ceilings(run: Run) -> str:
     """Say what the machine did at best, in a sentence."""
-    known = [c for c in run.content["ceilings"] if c.get("mm_flops_per_s")]
-    if not known:
+    copy, mm = run.ceilings
+    if mm is None or copy is None:
         return "No ceilings were measured."
-    mm, copy = known[0]["mm_flops_per_s"] / 1e9, known[0]["copy_bytes_per_s"] / 1e9
     drift = "measured once"
-    if len(known) > 1:
+    if len(run.content["ceilings"]) > 1:
         drifts = run.drift(), run.drift("copy_bytes_per_s")
-        drift = "within the run they drifted by {:.0%} and {:.0%}".format(*drifts)
-    return f"Ceilings: product {mm:.0f} GFLOP/s, copy {copy:.1f} GB/s; {drift}."
+        drift = "the best of the run; within it they drifted by {:.0%} and {:.0%}".format(*drifts)
+    return f"Ceilings: product {mm / 1e9:.0f} GFLOP/s, copy {copy / 1e9:.1f} GB/s; {drift}."
 
 
 def _lead(lead: ahead.Lead) -> dict[str, str]:
@@ -124,7 +124,7 @@ def _section(run: Run) -> dict[str, Any]:
     """Everything about a result file."""
     tables: dict[str, list[dict[str, Any]]] = {}
     for records in stored.groups(run.records, *stored.CASES):
-        rows = [case_row(one, records, run.device) for one in records]
+        rows = [case_row(one, records, run) for one in records]
         group = {"title": cell(stored.title(records[0])), "rows": rows}
         tables.setdefault(records[0]["loss"], []).append(group)
     steps = [
@@ -145,17 +145,18 @@ def _section(run: Run) -> dict[str, Any]:
     }
 
 
-def case_row(one: Record, records: list[Record], device: str) -> dict[str, str]:
+def case_row(one: Record, records: list[Record], run: Run) -> dict[str, str]:
     """A provider of a case, in cells."""
     gradients = one.get("gradient_bytes")
+    # those in the record are of the ceilings before the run: a slow moment then would flatter all
+    reached = shares(one, run.ceilings)
     return {
         "provider": _provider(one),
-        "time": time(one, device),
+        "time": time(one, run.device),
         "ratio": spread(stored.times(one, stored.base(records))),
         "extra": size(stored.extra_bytes(one)),
         "gradients": size(gradients),
-        "mm_share": percent(one.get("mm_share")),
-        "copy_share": percent(one.get("copy_share")),
+        **{name: percent(share) for name, share in reached.items()},
         **{key: error(one.get(f"error_{key}")) for key in ("loss", "dx", "dw")},
     }
 

@@ -15,11 +15,13 @@ import numpy as np
 
 from bench import record
 from bench.gpu.table import FLOOR, OURS, ratio
+from bench.meter import Ceilings
 
 Record = dict[str, Any]
 RESULTS = record.ROOT / "bench" / "results"
 CASES = ("case", "scaling")
 PART = "-part"
+RATES = Ceilings._fields
 AUTO = {"cpu": "native", "cuda": "triton"}
 
 
@@ -55,6 +57,13 @@ class Run(NamedTuple):
     @property
     def records(self) -> list[Record]:
         return self.content["records"]
+
+    @property
+    def ceilings(self) -> Ceilings:
+        """The best of all times that the ceilings were measured: none is reached by luck."""
+        known = self.content["ceilings"]
+        best = {name: max((c.get(name) or 0.0 for c in known), default=0.0) for name in RATES}
+        return Ceilings(**{name: rate or None for name, rate in best.items()})
 
     def drift(self, ceiling: str = "mm_flops_per_s") -> float:
         """Relative change of a ceiling within the run."""

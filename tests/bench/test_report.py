@@ -484,3 +484,11 @@ def test_stored_records_are_whole():
             wanted = {"case": CASE_KEYS, "scaling": CASE_KEYS, "step": STEP_KEYS}
             missing = wanted.get(one["kind"], {"kind"}) - one.keys()
             assert not missing, f"{path.name}: {one.get('case')}, {one.get('provider')}: {missing}"
+
+
+def test_shares_are_of_the_best_that_the_run_saw():
+    # 2.3e11 FLOP in 110 ms; 1e11 FLOP/s before the run and 5e12 after it
+    page = report.render([run(floor(), case(OURS, 110.0), drift=50.0)])
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| **{OURS}**")]
+    assert row.endswith("| 42% | 1% |")
+    assert "product 5000 GFLOP/s" in page
