@@ -16,6 +16,7 @@ INTERRUPTED = 130  # what shells use for a process ended by Ctrl-C
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
+ANY_PATH = click.Path(path_type=Path)
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
@@ -162,6 +163,34 @@ def unify(
     from bidistill.data.unify.summary import summary
 
     click.echo(summary(run(settings, overwrite=overwrite), settings.output))
+
+
+@cli.command()
+@click.option("--data", type=ANY_PATH, required=True, help="Folder of unify, or a file of records.")
+@click.option("--model", type=FOLDER, help="Folder of a model, to measure gaps between roles.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the report.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=200,
+    show_default=True,
+    help="Items of each role that the model reads, at most.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def diagnose(data: Path, model: Path | None, out: Path, samples: int, seed: int) -> None:
+    """Report what the roles' texts are like.
+
+    Counts lengths and words of each role. With --model it also measures how far apart the model
+    sees the roles, before and after unification. Writes diagnose.md, diagnose.json and a picture.
+
+    \b
+    Example:
+      bidistill diagnose --data data/tofu --model path/to/model --out runs/diagnose
+    """
+    from bidistill.diagnose import run
+
+    run(data, model, out, samples=samples, seed=seed)
+    click.echo(out / "diagnose.md")
 
 
 @cli.command()

@@ -33,7 +33,7 @@ from bidistill.data.records import Record, Role
 from bidistill.data.store import FORMAT, Encoded, TokenStore, encode, is_whole, write_store
 from bidistill.data.views import Message, build_examples, context_names
 from bidistill.errors import UserError
-from bidistill.files import atomic_path
+from bidistill.files import atomic_path, user_cache
 from bidistill.progress import say, track
 
 CHUNK = 512
@@ -91,7 +91,7 @@ def build_store(
     job.encode([])  # refuses tokenizer and contexts before any record is read
     next(read_objects(path), None)  # refuses what is no file of JSON lines
     content, lines = _content(path)
-    target = (folder or default_folder()) / _key(job, content)
+    target = (folder or user_cache() / "tokens") / _key(job, content)
     if is_whole(target, thorough=os.environ.get("BIDISTILL_VERIFY") == "1"):
         return TokenStore(target)
     if workers is None:
@@ -119,12 +119,6 @@ def build_store(
                 "another folder with data.cache"
             ) from None
     return TokenStore(target)
-
-
-def default_folder() -> Path:
-    """Where token stores are kept if nothing else is said."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "bidistill" / "tokens"
 
 
 def _content(path: Path) -> tuple[str, int]:
