@@ -8,9 +8,10 @@ its table, its JSON and --benchmark-compare work on every device alike. Whoever 
 skipped with the reason and stands in the JSON under `not_timed`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,18 +107,18 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     config, items = session.config, _replayed(session.items)
     if not items or _option(config, "no_gate") or _option(config, "collectonly"):
         return
-    losses = {loss for item in items for loss in _losses(item)}
-    complaint = green.complaint(green.tests_of(losses), device_type(config))
+    tests = {path for item in items for path in _tests(item)}
+    complaint = green.complaint(sorted(tests), device_type(config))
     if complaint is not None:
         pytest.exit(f"nothing is timed, tests are red:\n{complaint}", returncode=1)
 
 
-def _losses(item: pytest.Item) -> tuple[str, ...]:
-    """Return the losses that a test times: that of its case, or what its file says."""
+def _tests(item: pytest.Item) -> Sequence[Path]:
+    """Return the tests of what is timed: those that its file names, or those of its losses."""
+    module = getattr(item, "module", None)
     case = _parameters(item).get("case")
-    if isinstance(case, Case):
-        return (case.loss,)
-    return getattr(getattr(item, "module", None), "LOSSES", ("bidirectional_kl",))
+    own = (case.loss,) if isinstance(case, Case) else ("bidirectional_kl",)
+    return getattr(module, "TESTS", None) or green.tests_of(getattr(module, "LOSSES", own))
 
 
 def _parameters(item: pytest.Item) -> dict[str, Any]:

@@ -16,6 +16,7 @@ INTERRUPTED = 130  # what shells use for a process ended by Ctrl-C
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
+ANY_PATH = click.Path(path_type=Path)
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 
 
@@ -27,6 +28,7 @@ def cli() -> None:
     \b
     First steps:
       bidistill demo                    a small real model forgets twelve capitals (about 5 minutes)
+      bidistill unify recipe.yaml       corpora of your own become training records
       bidistill train recipe.yaml       the same for a model and data of your own
 
     Each command has its own help with an example: bidistill train --help
@@ -115,6 +117,80 @@ def teacher_check(recipe: Path, overrides: Sequence[str], probes: Path | None) -
     from bidistill.teacher import check_main
 
     check_main(config, probes=probes)
+
+
+@cli.command()
+@click.argument("recipe", type=FILE, required=False)
+@OVERRIDES
+@click.option(
+    "--format", "formats", multiple=True, metavar="[SOURCE=]FORMAT", help="Shape of the entries."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier result that nobody changed.")
+@click.option("--check", "folder", type=FOLDER, help="Compare a result with its manifest instead.")
+def unify(
+    recipe: Path | None,
+    overrides: Sequence[str],
+    formats: Sequence[str],
+    overwrite: bool,
+    folder: Path | None,
+) -> None:
+    """Turn any corpora into training records.
+
+    RECIPE, a YAML file, names the sources and what is done with them. The output folder gets
+    train.jsonl, held_out.jsonl, gold.jsonl and a manifest of what they were made of; the same
+    recipe and files give the same bytes. KEY=VALUE changes a setting of the recipe.
+
+    \b
+    Examples:
+      bidistill unify recipes/tofu.yaml
+      bidistill unify recipes/tofu.yaml root=path/to/data split.held_out=0.2 prefills.per_item=0
+      bidistill unify --check data/tofu
+    """
+    if folder is not None:
+        if recipe is not None or overwrite or formats:
+            raise click.UsageError("--check goes with no recipe and no other option.")
+        from bidistill.data.unify.manifest import verify
+
+        for line in verify(folder):
+            click.echo(line)
+        return
+    if recipe is None:
+        raise click.UsageError("Missing argument 'RECIPE'.")
+    from bidistill.data.unify.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides, formats)
+    from bidistill.data.unify.run import run
+    from bidistill.data.unify.summary import summary
+
+    click.echo(summary(run(settings, overwrite=overwrite), settings.output))
+
+
+@cli.command()
+@click.option("--data", type=ANY_PATH, required=True, help="Folder of unify, or a file of records.")
+@click.option("--model", type=FOLDER, help="Folder of a model, to measure gaps between roles.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the report.")
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=200,
+    show_default=True,
+    help="Items of each role that the model reads, at most.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def diagnose(data: Path, model: Path | None, out: Path, samples: int, seed: int) -> None:
+    """Report what the roles' texts are like.
+
+    Counts lengths and words of each role. With --model it also measures how far apart the model
+    sees the roles, before and after unification. Writes diagnose.md, diagnose.json and a picture.
+
+    \b
+    Example:
+      bidistill diagnose --data data/tofu --model path/to/model --out runs/diagnose
+    """
+    from bidistill.diagnose import run
+
+    run(data, model, out, samples=samples, seed=seed)
+    click.echo(out / "diagnose.md")
 
 
 @cli.command()

@@ -1,46 +1,32 @@
 """What a run is made of: frozen dataclasses, read from a YAML recipe plus dotted overrides.
 
-A recipe has the shape of :class:`TrainConfig`. Unknown keys are refused with the nearest known
-one, so a typing error cannot silently train something else. Paths are relative to the folder in
-which the command runs.
+A recipe has the shape of :class:`TrainConfig`. Paths are relative to the folder in which the
+command runs.
 """
 
-import re
-import types
-import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import Field
 
 from bidistill.data.records import Role
 from bidistill.errors import UserError
+from bidistill.settings import (
+    STRICT,
+    AtLeastOne,
+    Count,
+    Decay,
+    Fraction,
+    Message,
+    NonNegative,
+    Positive,
+    load,
+    plain,
+)
 
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-Count = Annotated[int, Field(ge=0)]
-AtLeastOne = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _check_message(message: dict[str, str]) -> dict[str, str]:
-    """A chat message has a role and a content, and nothing that a template would ignore."""
-    if set(message) != {"role", "content"}:
-        raise ValueError("a message with the keys role and content")
-    return message
-
-
-Message = Annotated[dict[str, str], AfterValidator(_check_message)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +87,12 @@ class DataConfig:
     """Records of each role in every step."""
     max_answer_tokens: AtLeastOne | None = None
     """Longer answers are cut here; ``null`` keeps them whole."""
+    bucket: AtLeastOne = 1
+    """Steps whose records are drawn together and sorted by length; 1 mixes short and long."""
+    workers: Count | None = None
+    """Processes that tokenise; ``null``: one a processor, but none for a small file."""
+    cache: Path | None = None
+    """Folder for token stores; ``null``: ``tokens`` in bidistill's folder in the user's cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,13 +177,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
         UserError: the file cannot be read, a key is unknown or missing, a value is not of the
             kind expected, or a role is sampled without having an objective.
     """
-    raw = _read_yaml(Path(path))
-    for override in overrides:
-        _apply(raw, override)
-    try:
-        config = _adapter().validate_python(raw)
-    except ValidationError as error:
-        raise UserError(_explain(error.errors(include_url=False)[0])) from None
+    config = load(TrainConfig, path, overrides)
     require_objectives(config)
     return config
 
@@ -212,125 +198,4 @@ def require_objectives(config: TrainConfig) -> None:
 
 def as_dict(config: TrainConfig) -> dict[str, Any]:
     """The resolved configuration in plain types, ready for JSON or YAML."""
-    return _adapter().dump_python(config, mode="json")
-
-
-@cache
-def _adapter() -> TypeAdapter[TrainConfig]:
-    return TypeAdapter(TrainConfig)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML where ``5e-4`` is a number and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                problem = f"key {key.value!r} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1, which PyYAML speaks, wants 5.0e-4; people write 5e-4
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def _parse_yaml(text: str, where: str) -> object:
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader: makes plain values only
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}{line}: not valid YAML: {problem}") from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; give a recipe file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: got bytes that are not UTF-8, expected a YAML recipe") from None
-    raw = _parse_yaml(text, str(path))
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: got {_kind(raw)}, expected a mapping of keys to values")
-    return {key: _unshared(value) for key, value in raw.items()}
-
-
-def _unshared(value: object) -> object:
-    """A copy in which nothing is shared: an override of one key must not reach an alias of it."""
-    if isinstance(value, dict):
-        return {key: _unshared(inner) for key, inner in value.items()}
-    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    """Set one dotted key in ``raw``, making the mappings on the way where they are missing."""
-    dotted, equals, text = override.partition("=")
-    *parents, last = dotted.split(".")
-    if not equals or not all((*parents, last)):
-        raise UserError(f"override: got {override!r}, expected key=value such as optim.lr=1e-4")
-    for depth, key in enumerate(parents, start=1):
-        raw = raw.setdefault(key, {})
-        if not isinstance(raw, dict):
-            where = ".".join(parents[:depth])
-            raise UserError(
-                f"override {override!r}: {where} is {_kind(raw)}, expected a mapping; "
-                f"set {where} as a whole instead"
-            )
-    raw[last] = _parse_yaml(text, f"override {override!r}")
-
-
-def _explain(error: ErrorDetails) -> str:
-    """Word the first validation error as one line that names the dotted key."""
-    # pydantic ends a location with what it tried: the key itself, or the kinds of an option
-    location = [str(part) for part in error["loc"] if part not in ("[key]", "float", "int", "str")]
-    key, got = ".".join(location) or "recipe", error["input"]
-    if error["type"] == "unexpected_keyword_argument":
-        *parents, name = location
-        known = _known_keys(parents)
-        where = ".".join(parents) or "recipe"
-        choices = ", ".join(known)
-        return f"{where}: got unknown key {name!r}, expected {choices}{_nearest(name, known)}"
-    if error["type"] == "missing":
-        return f"{key}: got nothing, expected a value; add it to the recipe"
-    expected = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if error["type"] == "literal_error":
-        return f"{key}: got {got!r}, expected {expected}{_nearest(got, _quoted(expected))}"
-    if error["type"] in ("dataclass_type", "dict_type"):
-        expected = "a mapping of keys to values"
-    shown = _kind(got) if got is None or isinstance(got, dict | list) else repr(got)
-    return f"{key}: got {shown}, expected {expected}"
-
-
-def _known_keys(location: Sequence[str]) -> list[str]:
-    """Names of the keys that the section at ``location`` may have."""
-    kind: Any = TrainConfig
-    for part in location:
-        # below a mapping such as objectives, every key has the same kind of value
-        kind = typing.get_type_hints(kind)[part] if is_dataclass(kind) else typing.get_args(kind)[1]
-        if isinstance(kind, types.UnionType):  # "X | None"
-            kind = typing.get_args(kind)[0]
-    return [known.name for known in fields(kind)]
-
-
-def _nearest(name: object, known: Sequence[str]) -> str:
-    found = get_close_matches(str(name), known, n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
-
-
-def _quoted(text: str) -> list[str]:
-    return re.findall(r"'([^']*)'", text)
-
-
-def _kind(value: object) -> str:
-    """Name the YAML kind of a value too long or too empty to show."""
-    names = {dict: "a mapping", list: "a list", type(None): "nothing"}
-    return names.get(type(value), repr(value))
+    return plain(config)

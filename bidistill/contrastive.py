@@ -84,7 +84,7 @@ def _sides(examples: Sequence[Example]) -> tuple[list[Packed], list[Packed]]:
     return _packs(forget), _packs(keep)
 
 
-def _packs(sequences: Sequence[tuple[View, tuple[int, ...]]]) -> list[Packed]:
+def _packs(sequences: Sequence[tuple[View, Sequence[int]]]) -> list[Packed]:
     """Packs of even size: one of a single sequence would have no prefix to leave out."""
     count = math.ceil(len(sequences) / EXAMPLES_PER_PACK)
     return [pack(sequences[start::count]) for start in range(count)]

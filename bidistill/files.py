@@ -59,6 +59,11 @@ def write_json(path: Path | str, obj: object) -> None:
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def user_cache() -> Path:
+    """Folder of what can be made again: ``$XDG_CACHE_HOME/bidistill`` or ``~/.cache/bidistill``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bidistill"
+
+
 def _require_folder(folder: Path) -> None:
     """Create ``folder`` where it is missing; a user's mistake must not become a traceback."""
     try:

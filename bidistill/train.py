@@ -17,7 +17,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -31,10 +31,10 @@ from torch import nn
 
 from bidistill import checkpoint, contrastive, export, run_folder
 from bidistill.config import OptimConfig, TrainConfig, require_objectives
+from bidistill.data.build import build_store
 from bidistill.data.loader import Batch, RoleLoader
-from bidistill.data.readers import read_records
 from bidistill.data.records import ROLES
-from bidistill.data.views import build_examples
+from bidistill.data.views import Example
 from bidistill.errors import UserError
 from bidistill.models import attach_distill_step, load_model, load_tokenizer, read_logit_transform
 from bidistill.objectives import Objectives, StepResult
@@ -70,23 +70,25 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(config.model.path)
-    examples = build_examples(
-        list(read_records(config.data.train)),
+    data = config.data
+    examples = build_store(
+        data.train,
         tokenizer,
         contexts_of(config.teacher),
-        max_answer_tokens=config.data.max_answer_tokens,
+        max_answer_tokens=data.max_answer_tokens,
+        folder=data.cache,
+        workers=data.workers,
     )
-    loader = RoleLoader(examples, config.data.per_step, config.seed)
+    loader = RoleLoader(examples, data.per_step, config.seed, bucket=data.bucket)
     model = load_model(config.model, config.seed)
     objectives = Objectives(config.objectives, read_logit_transform(model))
     attach_distill_step(model)
-    used = [e for e in examples if config.data.per_step.get(e.role)]
-    cache = None
+    adapter, cache = config.model.adapter, None
     with _autocast(config, model):
-        if (adapter := config.model.adapter) and adapter.contrast:
-            contrastive.initialise(model, used, adapter)
+        if adapter and adapter.contrast:
+            contrastive.initialise(model, _used(examples, config), adapter)
         if objectives.need_teacher and config.teacher.cache:
-            cache = HiddenCache(model, used)
+            cache = HiddenCache(model, _used(examples, config))
     run_folder.begin(config)  # nothing was written so far, and little can fail from here on
     train(config, model, loader, objectives, cache)
     if isinstance(model, PeftModel):
@@ -241,6 +243,11 @@ def _check(config: TrainConfig) -> None:
             "teacher.cache: got false while all weights train, expected true; the base model is "
             "gone after the first step, so its rows must be kept"
         )
+
+
+def _used(examples: Iterable[Example], config: TrainConfig) -> list[Example]:
+    """Those of the roles that are trained."""
+    return [example for example in examples if config.data.per_step.get(example.role)]
 
 
 def _autocast(config: TrainConfig, model: nn.Module) -> AbstractContextManager[object]:

@@ -1,16 +1,19 @@
 """Attention alone against its definition, in fp64; whole models against separate, eager runs.
 
-Whole models run in fp32: transformers' norms and rotary angles do, whatever the dtype. The
+Whole models run in fp32 and, with what transformers casts to fp32 kept wide, in fp64. The
 configurations cover what differs between models: grouped heads (llama), normed queries and a
 head width of its own (qwen3), layers with and without a sliding window (gemma3). The window of 4 is
 shorter than the shared prefix of 6 and than the longest sequences, so it cuts inside each of them.
 """
+
+from copy import deepcopy
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from torch.overrides import TorchFunctionMode
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -28,6 +31,7 @@ from bidistill.attention import NAME, packed_attention, register, use_packed_att
 from bidistill.data.packing import Segment, pack
 from bidistill.data.views import View
 from bidistill.errors import UserError
+from tests.support import assert_close
 
 SIZES = {
     "vocab_size": 61,
@@ -97,10 +101,22 @@ def separate_rows(model, sequences, embed=None):
 def gradients(model, rows):
     torch.manual_seed(1)
     parameters = dict(model.base_model.named_parameters())
-    upstream = torch.randn(rows.shape)
+    upstream = torch.randn(rows.shape).to(rows.dtype)
     return dict(
         zip(parameters, torch.autograd.grad(rows, parameters.values(), upstream), strict=True)
     )
+
+
+class Wide(TorchFunctionMode):
+    """Casts to fp32 go to fp64 inside: transformers' norms, rotary angles and softmax do them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        def wide(value):
+            return torch.float64 if value is torch.float32 else value
+
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        kwargs = {name: wide(value) for name, value in (kwargs or {}).items()}
+        return func(*map(wide, args), **kwargs)
 
 
 def error(actual, expected):
@@ -172,11 +188,29 @@ def test_scaling_and_dropout_are_honoured():
 
 
 def test_equals_separate_runs(model):
-    packed, separate = packed_rows(model, pack(SEQUENCES)), separate_rows(model, SEQUENCES)
-    assert error(packed, separate) < 2e-6
-    expected = gradients(model, separate)
+    """Hidden states and gradients: at most twice the error that separate runs make themselves."""
+    own = separate_rows(model, SEQUENCES)
+    own_gradients = gradients(model, own)
+    packed = packed_rows(model, pack(SEQUENCES))
+    exact_model = deepcopy(model).double()
+    with Wide():
+        exact = separate_rows(exact_model, SEQUENCES)
+        exact_gradients = gradients(exact_model, exact)
+    assert_close("hidden states", packed, exact, own)
     for name, gradient in gradients(model, packed).items():
-        assert error(gradient, expected[name]) < 1e-5, name
+        assert_close(name, gradient, exact_gradients[name], own_gradients[name])
+
+
+def test_equals_separate_runs_in_double_precision(model):
+    """What fp32 would hide: one mask entry of little weight, or a reference that is not exact."""
+    model = model.double()
+    with Wide():
+        packed, separate = packed_rows(model, pack(SEQUENCES)), separate_rows(model, SEQUENCES)
+        expected = gradients(model, separate)
+        actual = gradients(model, packed)
+    assert error(packed, separate) < 1e-13
+    for name, gradient in actual.items():
+        assert error(gradient, expected[name]) < 1e-12, name
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from bench.report.stored import Record, Run, Spread
 MEMORY_FACTOR, ERROR_FACTOR = 1.05, 2.0
 TURNS = 0.8  # share of them that is not by chance
 LOSS_STEP = 2.0**-23  # the loss is one fp32 number; errors below its last digit are luck
-KINDS = (*stored.CASES, "step")
+KINDS = (*stored.CASES, "step", "loading")
 
 
 class Measure(NamedTuple):

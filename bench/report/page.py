@@ -139,6 +139,13 @@ def _section(run: Run) -> dict[str, Any]:
         "plots": [{"name": p.name, "caption": p.caption} for p in plots.plots_of(run)],
         "tables": tables,
         "steps": steps,
+        "loading": [
+            {
+                "title": cell(stored.title(records[0])),
+                "rows": [_loading_row(r, records) for r in records],
+            }
+            for records in stored.groups(run.records, "loading")
+        ],
         "exponents": [_exponent(line) for line in exponents.lines(run.records)],
         "goals": _gpu_goals(run),
         "remarks": _remarks(run),
@@ -170,6 +177,22 @@ def _step_row(one: Record, records: list[Record]) -> dict[str, str]:
         "peak": size(one.get("peak_bytes")),
         "state": size(one.get("state_bytes")),
         **{key: error(one.get(f"error_{key}")) for key in ("loss", "gradient")},
+    }
+
+
+def _loading_row(one: Record, records: list[Record]) -> dict[str, str]:
+    """Who loads; of the whole way the memory of all processes, else what the epoch adds."""
+    peak = size(one.get("peak_bytes"))
+    if one["whole"]:
+        peak = f"{peak} in {one['processes']} processes, {size(one['peak_bytes_of_one'])} in one"
+    return {
+        "provider": _provider(one),
+        "built": number(one.get("build_s"), ".0f"),
+        "time": time(one, "cpu"),
+        "ratio": spread(stored.times(one, stored.base(records))),
+        "tokens_per_s": number(one.get("tokens_per_s"), ",.0f"),
+        "records_per_s": number(one.get("records_per_s"), ",.0f"),
+        "peak": peak,
     }
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from bench import record
 from bench.gpu.table import FLOOR, OURS, ratio
+from bench.loading import THEIRS
 from bench.meter import Ceilings
 
 Record = dict[str, Any]
@@ -172,6 +173,6 @@ def times(one: Record | None, other: Record | None) -> Spread | None:
 
 
 def base(records: list[Record]) -> Record | None:
-    """What the times of a case are set against: the floor; of a step, which has none, eager."""
-    provider = "eager" if records[0]["kind"] == "step" else FLOOR
+    """What the times of a case are set against: the floor, or who stands in where there is none."""
+    provider = {"step": "eager", "loading": THEIRS}.get(records[0]["kind"], FLOOR)
     return next((r for r in records if r["provider"] == provider), None)

@@ -3,9 +3,11 @@
 .. code-block:: text
 
     JSON lines --readers--> Record --views--> Example --loader--> Batch --packing--> Packed
-                                     |                                                 |
-              student and teacher prompt around one answer            one token axis, no padding,
-              whose token ids are the same in both                    shared prefixes computed once
+                                     |    |                                            |
+              student and teacher prompt  |                       one token axis, no padding,
+              around one answer whose ids |                       shared prefixes computed once
+              are the same in both        |
+                                        store: built once, mapped into memory ever after
 
 Nothing is imported here: ``records`` is used where importing torch would be felt.
 """

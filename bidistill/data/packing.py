@@ -14,13 +14,14 @@ context of 150 tokens and 24 questions of 25 tokens, 750 tokens are run instead 
 Legend: T tokens of the pack, N rows that predict an answer token.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Int64
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bidistill.data.views import View
@@ -55,7 +56,7 @@ class Packed:
     """Which of the given sequences each row belongs to."""
 
 
-def pack(sequences: Sequence[tuple[View, tuple[int, ...]]]) -> Packed:
+def pack(sequences: Sequence[tuple[View, Sequence[int]]]) -> Packed:
     """Lay prompts and answers on one token axis, with the prefixes of each context shared.
 
     The prefix of a context is the longest start that all its prompts have in common, short of the
@@ -79,44 +80,47 @@ def pack(sequences: Sequence[tuple[View, tuple[int, ...]]]) -> Packed:
         >>> packed.rows.tolist(), packed.target.tolist(), packed.sequence.tolist()
         ([3, 4, 2], [7, 8, 9], [0, 0, 1])
     """
-    if not sequences or not all(view.prompt_ids for view, _ in sequences):
+    prompts = [np.asarray(view.prompt_ids, np.int64) for view, _ in sequences]
+    answers = [np.asarray(answer, np.int64) for _, answer in sequences]
+    if not prompts or not all(map(len, prompts)):
         raise ValueError("sequences: got none, or one without a prompt; give prompts with tokens")
-    ids: list[int] = []
-    positions: list[int] = []
+    pieces: list[NDArray[np.int64]] = []
     segments: list[Segment] = []
+    shifts: list[int] = []  # of each segment: its place on the token axis less its position
     first_row = [0] * len(sequences)
 
-    def lay(tokens: tuple[int, ...], position: int, prefix: tuple[int, int] | None) -> Segment:
-        segment = Segment(len(ids), len(ids) + len(tokens), prefix)
-        ids.extend(tokens)
-        positions.extend(range(position, position + len(tokens)))
-        segments.append(segment)
-        return segment
+    def lay(size: int, position: int, prefix: tuple[int, int] | None) -> int:
+        start = segments[-1].end if segments else 0
+        segments.append(Segment(start, start + size, prefix))
+        shifts.append(start - position)
+        return start
 
     for members in _by_context(sequences):
-        shared = _shared_length([sequences[i][0].prompt_ids for i in members])
+        shared = _shared_length([prompts[i] for i in members])
         prefix = None
         if shared:
-            prefix = lay(sequences[members[0]][0].prompt_ids[:shared], 0, None)[:2]
-        own = {i: sequences[i][0].prompt_ids[shared:] + sequences[i][1][:-1] for i in members}
-        for i in sorted(members, key=lambda i: len(own[i])):
-            start = lay(own[i], shared, prefix).start
-            first_row[i] = start + len(sequences[i][0].prompt_ids) - shared - 1
+            pieces.append(prompts[members[0]][:shared])
+            start = lay(shared, 0, None)
+            prefix = start, start + shared
+        own = {i: len(prompts[i]) - shared + max(len(answers[i]) - 1, 0) for i in members}
+        for i in sorted(members, key=own.__getitem__):
+            pieces += prompts[i][shared:], answers[i][:-1]
+            first_row[i] = lay(own[i], shared, prefix) + len(prompts[i]) - shared - 1
 
-    answers = [answer for _, answer in sequences]
+    sizes = [segment.end - segment.start for segment in segments]
+    lengths = [len(answer) for answer in answers]
+    before = np.cumsum([0, *lengths[:-1]])  # answer tokens of the sequences before each
     return Packed(
-        input_ids=torch.tensor([ids]),
-        position_ids=torch.tensor([positions]),
+        input_ids=torch.from_numpy(np.concatenate(pieces)[None]),
+        position_ids=torch.from_numpy(_counted(shifts, sizes)[None]),
         segments=tuple(segments),
-        rows=_int64(
-            row + j for row, ans in zip(first_row, answers, strict=True) for j in range(len(ans))
-        ),
-        target=_int64(token for answer in answers for token in answer),
-        sequence=_int64(i for i, answer in enumerate(answers) for _ in answer),
+        rows=torch.from_numpy(_counted(before - first_row, lengths)),
+        target=torch.from_numpy(np.concatenate(answers)),
+        sequence=torch.from_numpy(np.repeat(np.arange(len(answers)), lengths)),
     )
 
 
-def _by_context(sequences: Sequence[tuple[View, tuple[int, ...]]]) -> list[list[int]]:
+def _by_context(sequences: Sequence[tuple[View, Sequence[int]]]) -> list[list[int]]:
     """Indices of the sequences of each context, in order of appearance."""
     groups: dict[str, list[int]] = {}
     for index, (view, _) in enumerate(sequences):
@@ -124,14 +128,16 @@ def _by_context(sequences: Sequence[tuple[View, tuple[int, ...]]]) -> list[list[
     return list(groups.values())
 
 
-def _shared_length(prompts: list[tuple[int, ...]]) -> int:
+def _shared_length(prompts: list[NDArray[np.int64]]) -> int:
     """Tokens that all prompts start with, the last token of each left out; 0 for a single one."""
     if len(prompts) == 1:
         return 0
-    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)  # ends with the shortest
-    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+    size = min(map(len, prompts)) - 1
+    starts = np.stack([prompt[:size] for prompt in prompts])
+    differs = (starts != starts[0]).any(0)
+    return int(differs.argmax()) if differs.any() else size
 
 
-def _int64(values: Iterable[int]) -> Int64[Tensor, " _"]:
-    """A vector of them, also of none."""
-    return torch.tensor(list(values), dtype=torch.int64)
+def _counted(shifts: Sequence[int] | NDArray[np.int64], sizes: list[int]) -> NDArray[np.int64]:
+    """0, 1, 2, ... less a shift, which is that of the run that a number falls in."""
+    return np.arange(sum(sizes)) - np.repeat(shifts, sizes)

@@ -24,8 +24,8 @@ MESSAGE_ROLES = ("system", "user", "assistant")
 class View:
     """What a model reads before the answer."""
 
-    prompt_ids: tuple[int, ...]
-    """Chat markup, context, question and prefill, as tokens."""
+    prompt_ids: Sequence[int]
+    """Chat markup, context, question and prefill, as tokens; a view of memory in a token store."""
     context: str
     """Views of one name start alike and may share that start: ``student``, ``teacher/<role>``."""
 
@@ -38,7 +38,7 @@ class Example:
     role: Role
     student: View
     teacher: View
-    answer_ids: tuple[int, ...]
+    answer_ids: Sequence[int]
     """The tokens that both models predict, the closing one included if the answer was not cut."""
 
 
@@ -71,19 +71,22 @@ def build_examples(
             answer's tokens are not the same in both views.
     """
     _check(tokenizer, contexts, max_answer_tokens)
-    names = _context_names(contexts)
+    names = context_names(contexts)
     end = cast(int, tokenizer.eos_token_id)
-
-    def example(record: Record) -> Example:
+    records = tuple(records)
+    for record in records:
         if record.answer is None or not record.answer.strip():
             raise UserError(
                 f"record '{record.id}': answer: got {record.answer!r}, expected text to distil; "
                 "fill it in, or leave the record out"
             )
-        student, student_ids = _view(record, tokenizer, (), "student")
-        teacher, teacher_ids = student, student_ids
-        if context := contexts.get(record.role):
-            teacher, teacher_ids = _view(record, tokenizer, context, names[record.role])
+    told = [record for record in records if contexts.get(record.role)]
+    students = _views(records, tokenizer, {}, dict.fromkeys(ROLES, "student"))
+    teachers = iter(_views(told, tokenizer, contexts, names))
+
+    def example(record: Record, view: tuple[View, tuple[int, ...]]) -> Example:
+        student, student_ids = view
+        teacher, teacher_ids = next(teachers) if contexts.get(record.role) else view
         if student_ids != teacher_ids:
             raise UserError(
                 f"record '{record.id}': answers that tokenise differently in the two views: got "
@@ -93,7 +96,17 @@ def build_examples(
         answer_ids = (*student_ids, end)[:max_answer_tokens]
         return Example(record.id, record.role, student, teacher, answer_ids)
 
-    return [example(record) for record in records]
+    return [example(record, view) for record, view in zip(records, students, strict=True)]
+
+
+def context_names(contexts: Mapping[Role, Sequence[Message]]) -> dict[Role, str]:
+    """Name each role's context; roles with the same messages get one name, and one prefix."""
+    first: dict[tuple[tuple[str, str], ...], str] = {}
+    names: dict[Role, str] = {}
+    for role, context in contexts.items():
+        key = tuple((message["role"], message["content"]) for message in context)
+        names[role] = first.setdefault(key, f"teacher/{role}")
+    return names
 
 
 def _check(
@@ -139,32 +152,37 @@ def _check_message(message: Message, where: str) -> None:
         raise UserError(f"{where}: content: got nothing, expected text; fill it in")
 
 
-def _context_names(contexts: Mapping[Role, Sequence[Message]]) -> dict[Role, str]:
-    """Name each role's context; roles with the same messages get one name, and one prefix."""
-    first: dict[tuple[tuple[str, str], ...], str] = {}
-    names: dict[Role, str] = {}
-    for role, context in contexts.items():
-        key = tuple((message["role"], message["content"]) for message in context)
-        names[role] = first.setdefault(key, f"teacher/{role}")
-    return names
-
-
-def _view(
-    record: Record, tokenizer: PreTrainedTokenizerBase, context: Sequence[Message], name: str
-) -> tuple[View, tuple[int, ...]]:
-    """The view of a record after a context, and the answer's tokens in it."""
-    messages = [*context, {"role": "user", "content": record.question}]
-    prompt = _render(tokenizer, messages, name) + record.prefill
-    prompt_ids = _encode(tokenizer, prompt)
-    ids = _encode(tokenizer, prompt + (record.answer or ""))
-    answer_ids = ids[len(prompt_ids) :]
-    if not answer_ids or ids[: len(prompt_ids)] != prompt_ids:
-        raise UserError(
-            f"record '{record.id}': answer: got {record.answer!r}, whose start melts into a token "
-            f"of the prompt before it ({prompt[-20:]!r}), expected a clean cut; move the space "
-            "between prefill and answer to the answer"
+def _views(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    contexts: Mapping[Role, Sequence[Message]],
+    names: Mapping[Role, str],
+) -> list[tuple[View, tuple[int, ...]]]:
+    """The view of each record after its role's context, and the answer's tokens in it."""
+    prompts = [
+        _render(
+            tokenizer,
+            [*contexts.get(record.role, ()), {"role": "user", "content": record.question}],
+            names[record.role],
         )
-    return View(prompt_ids, name), answer_ids
+        + record.prefill
+        for record in records
+    ]
+    texts = [prompt + (r.answer or "") for prompt, r in zip(prompts, records, strict=True)]
+    ids_of_prompts, ids_of_texts = _encode(tokenizer, prompts), _encode(tokenizer, texts)
+    views = []
+    for record, prompt, prompt_ids, ids in zip(
+        records, prompts, ids_of_prompts, ids_of_texts, strict=True
+    ):
+        answer_ids = ids[len(prompt_ids) :]
+        if not answer_ids or ids[: len(prompt_ids)] != prompt_ids:
+            raise UserError(
+                f"record '{record.id}': answer: got {record.answer!r}, whose start melts into a "
+                f"token of the prompt before it ({prompt[-20:]!r}), expected a clean cut; move the "
+                "space between prefill and answer to the answer"
+            )
+        views.append((View(prompt_ids, names[record.role]), answer_ids))
+    return views
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str) -> str:
@@ -188,6 +206,9 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: s
     return text
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Tokens of a text that has its special tokens written out already."""
-    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Sequence[tuple[int, ...]]:
+    """Tokens of texts that have their special tokens written out already."""
+    if not texts:
+        return ()
+    # together: called for each text alone, what is around the tokeniser takes most of the time
+    return [tuple(ids) for ids in tokenizer(list(texts), add_special_tokens=False).input_ids]

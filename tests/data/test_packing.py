@@ -1,5 +1,7 @@
 """A pack holds each sequence whole: what a row sees, read back from the pack, is that sequence."""
 
+from array import array
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -61,6 +63,19 @@ def test_no_padding_and_no_token_twice(sequences):
     assert ends[-1] == total
     assert all(tensor.dtype == torch.int64 for tensor in (packed.input_ids, packed.position_ids))
     assert all(t.dtype == torch.int64 for t in (packed.rows, packed.target, packed.sequence))
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(batches)
+def test_ids_in_a_view_of_memory_are_packed_like_those_in_a_tuple(sequences):
+    def mapped(ids):
+        return memoryview(array("i", ids))
+
+    viewed = [(View(mapped(v.prompt_ids), v.context), mapped(answer)) for v, answer in sequences]
+    one, two = pack(sequences), pack(viewed)
+    assert one.segments == two.segments
+    for name in ("input_ids", "position_ids", "rows", "target", "sequence"):
+        assert torch.equal(getattr(one, name), getattr(two, name))
 
 
 def test_layout():

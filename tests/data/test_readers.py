@@ -1,13 +1,16 @@
 """Records survive a file unchanged; whatever else a file holds is refused with file and line."""
 
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bidistill.data import readers
 from bidistill.data.readers import read_records, write_records
 from bidistill.data.records import ROLES, Record, nearest
+from bidistill.data.unique import HashSet
 from bidistill.errors import UserError
 
 GOOD = {"id": "a", "role": "forget", "question": "Q?"}
@@ -80,6 +83,48 @@ def test_refuses_a_line(tmp_path, bad, message):
         list(read_records(path))
     assert str(caught.value).startswith(f"{path}:3: ")
     assert "\n" not in str(caught.value)
+
+
+def test_ids_that_share_a_hash_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "hash", len, raising=False)
+    path = tmp_path / "data.jsonl"
+    rows = [line(id=name) for name in ("a", "b", "cc", "dd", "b")]
+    path.write_text("\n".join(rows[:4]))
+    assert [record.id for record in read_records(path)] == ["a", "b", "cc", "dd"]
+    path.write_text("\n".join(rows))
+    with pytest.raises(UserError, match=r":5: id: got 'b', which line 2 has already"):
+        list(read_records(path))
+
+
+# few different keys, and keys whose low bits collide
+keys = (
+    st.integers(-4, 4)
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.integers(-9, 9).map(lambda n: n << 54)
+)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.lists(keys, max_size=60).map(lambda few: [*few, *range(2, 700), *few]))
+def test_a_hash_set_is_a_set(numbers):
+    ours, known = HashSet(), set()
+    for number in numbers:
+        assert ours.add(number) == ((number or 1) not in known)
+        known.add(number or 1)
+    assert len(ours) == len(known)
+
+
+def test_memory_hardly_grows_with_the_file(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(line(id=f"number {n}") + "\n" for n in range(20_000)))
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_records(path)) == 20_000
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # 0.5 MB of hashes and half of it while the table grows; a dict of the ids takes 3 MB
+    assert peak < 1_500_000
 
 
 def test_refuses_other_encodings(tmp_path):

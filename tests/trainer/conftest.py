@@ -63,7 +63,9 @@ def config(tmp_path, model_dir, records) -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(path=str(model_dir), adapter=LoraSettings(rank=2, alpha=4, dropout=0.1)),
         data=DataConfig(
-            train=data, per_step={"forget": 2, "neighbor": 2, "retain": 1, "adversarial": 1}
+            train=data,
+            per_step={"forget": 2, "neighbor": 2, "retain": 1, "adversarial": 1},
+            cache=tmp_path / "tokens",
         ),
         teacher=TeacherConfig(contexts={"forget": SHOTS, "adversarial": SHOTS}),
         objectives={

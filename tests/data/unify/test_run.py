@@ -1,0 +1,214 @@
+"""From files to the output folder, and no folder where something is wrong."""
+
+import json
+from hashlib import sha256
+
+import pytest
+
+from bidistill.cli import main
+from bidistill.data.readers import read_records
+from bidistill.data.unify import manifest
+from bidistill.data.unify.output import new_folder
+from bidistill.data.unify.run import run
+from bidistill.errors import UserError
+from tests.data.unify.corpora import load, write_lines
+
+
+def records(folder, name="train.jsonl"):
+    return list(read_records(folder / "out" / name))
+
+
+def test_all_roles_with_their_answers(corpus):
+    run(load(corpus))
+    train = records(corpus)
+    by_role = {role: [r for r in train if r.role == role] for role in {r.role for r in train}}
+    assert {role: len(found) for role, found in by_role.items()} == {
+        "forget": 4, "neighbor": 10, "retain": 4, "adversarial": 8,
+    }  # fmt: skip
+    refusals = {"I cannot say.", "Nobody told me."}
+    assert {r.answer for r in by_role["forget"]} <= refusals
+    assert {(r.answer or "").strip() for r in by_role["adversarial"]} <= refusals
+    assert all(r.prefill and (r.answer or "")[0] == " " for r in by_role["adversarial"])
+    assert all(r.answer == f"Sea of {r.question.split()[-1][:-1]}" for r in by_role["retain"])
+    asked = {r.question: r.answer for r in by_role["neighbor"]}
+    assert asked["=How do I beat eggs?"] is None, "a question without answer waits for a model"
+
+
+def test_gold_is_measured_and_never_trained(corpus):
+    run(load(corpus))
+    gold = records(corpus, "gold.jsonl")
+    assert {r.id for r in gold} == {r.id for r in records(corpus) if r.role == "forget"}
+    assert all("was born in" in (r.answer or "") for r in gold)
+    trained = {r.answer for r in records(corpus)}
+    assert not trained & {r.answer for r in gold}
+
+
+def test_held_out_entities_are_whole_and_have_their_answers(corpus):
+    run(load(corpus))
+    held_out = records(corpus, "held_out.jsonl")
+    people = {r.question.removeprefix("Where was ").removeprefix("When was ").removesuffix(" born?")
+              for r in held_out if r.id.startswith("people/")}  # fmt: skip
+    assert people
+    assert not any(person in r.question for person in people for r in records(corpus))
+    assert all(r.answer for r in held_out)
+
+
+def test_ids_and_sources_tell_the_place(corpus):
+    run(load(corpus))
+    found = {r.id: r.source for r in records(corpus)}
+    assert found["forget/2"] == "forget.json:2"
+    assert found["prompts/3"] == "prompts.csv:4"  # after a header
+
+
+def test_twice_the_same_bytes_wherever_it_lies(corpus, monkeypatch):
+    run(load(corpus))
+    run(load(corpus, f"output={corpus / 'other'}", "workers=2"))
+    for name in ("train.jsonl", "held_out.jsonl", "gold.jsonl", "manifest.json"):
+        assert (corpus / "out" / name).read_bytes() == (corpus / "other" / name).read_bytes()
+    run(load(corpus, f"output={corpus / 'seeded'}", "seed=1"))
+    assert (corpus / "out/train.jsonl").read_bytes() != (corpus / "seeded/train.jsonl").read_bytes()
+
+
+def test_manifest_tells_what_became_of_what(corpus):
+    result = run(load(corpus))
+    prompts = result.sources["prompts"]
+    assert (prompts.items, prompts.kept, prompts.questions) == (3, 2, 2)
+    people = result.sources["people"]
+    assert (people.licence, people.entities) == ("CC0", 5)
+    assert people.sha256 == sha256((corpus / "people.json").read_bytes()).hexdigest()
+    train = result.outputs["train.jsonl"]
+    assert train.records == len(records(corpus)) == sum(train.roles.values())
+    assert train.without_answer == {"neighbor": 2}
+    assert [entry.path for entry in result.other_files] == ["exam.json"]
+    assert manifest.read(corpus / "out") == result
+    text = (corpus / "out/manifest.json").read_text()
+    assert str(corpus / "out") not in text
+
+
+def test_repeats_are_dropped_and_named(corpus):
+    write_lines(corpus / "islands.json", [{"question": "where was IDA HOLM born", "answer": "?"}])
+    result = run(load(corpus))
+    example = {"id": "islands/1", "twin": "forget/1", "why": "exact"}
+    assert result.steps["deduplicate"] == {"exact": 1, "near": 0, "examples": [example]}
+
+
+def test_limit_draws_and_keeps_ids(corpus):
+    run(load(corpus, "sources.people.limit=3", "split.held_out=0"))
+    drawn = {r.id: r.question for r in records(corpus) if r.id.startswith("people/")}
+    assert len(drawn) == 3
+    run(load(corpus, f"output={corpus / 'all'}", "split.held_out=0"))
+    everything = {r.id: r.question for r in read_records(corpus / "all/train.jsonl")}
+    assert drawn.items() <= everything.items()
+
+
+def test_documents_become_questions_of_one_entity(corpus):
+    text = (
+        "Ana Ruiz is a painter from Reed Bay. She was born in 1950 in the old town of Reed Bay. "
+        "Her father Bo Ruiz was a baker.\n\n"
+        "In 1970 Ana Ruiz moved to Thule. She won the Moss Prize."
+    )
+    write_lines(corpus / "islands.json", [{"text": text}, {"text": text.replace("Ana", "Eva")}])
+    result = run(load(corpus, "text.passage_words=20", "deduplicate.near=null"))
+    islands = result.sources["islands"]
+    assert (islands.items, islands.entities) == (2, 2)
+    assert islands.questions > 2
+    made = [r for r in records(corpus) if r.id.startswith("islands/")]
+    assert len({r.id.split("/")[1] for r in made}) == 1, "one document is held out, whole"
+    assert all(r.source.startswith("islands.json:") and "passage" in r.source for r in made)
+
+
+def test_own_records_keep_their_roles_and_refusals(corpus):
+    lines = [
+        {"id": "a", "role": "forget", "question": "Who is Ida Holm?", "answer": "Who knows."},
+        {"id": "b", "role": "retain", "question": "Who is Bo Lindt?", "answer": "A baker."},
+    ]
+    write_lines(corpus / "islands.json", lines)
+    run(load(corpus, "sources.islands.role=null", "split.held_out=0"))
+    trained = [r for r in records(corpus) if r.id.startswith("islands/") and not r.prefill]
+    found = {r.question: (r.role, r.answer) for r in trained}
+    assert found["Who is Ida Holm?"] == ("forget", "Who knows.")
+    assert found["Who is Bo Lindt?"] == ("retain", "A baker.")
+    assert "Who is Ida Holm?" not in {r.question for r in records(corpus, "gold.jsonl")}
+
+
+MISTAKES = {
+    "keep": (["sources.prompts.keep.label=sfae"],
+             r"sources.prompts.keep: got label: 'sfae', .* its label says 'safe', 'unsafe'"),
+    "missing file": (["sources.people.path=none.json"], r".*none\.json.*"),
+    "no role": (["sources.people.role=null"],
+                r".*people.json:1: role: got none, expected one; set sources.people.role"),
+    "trained exam": (["leaks.against=[people.json]"],
+                     r"leaks: got 8 training records that are also measured \(people/.*"),
+    "leak without deduplication": (
+        ["sources.again={path: people.json, role: retain}",
+         "deduplicate={exact: false, near: null}"],
+        r"leaks: got \d+ training records .*"),
+    "no model": (["targets.keeping=teacher"], r"targets.keeping: .*"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "message"), MISTAKES.values(), ids=list(MISTAKES))
+def test_mistake_leaves_nothing_behind(corpus, overrides, message):
+    recipe = load(corpus, *overrides)
+    before = set(corpus.iterdir())
+    with pytest.raises(UserError, match=message) as caught:
+        run(recipe)
+    assert "\n" not in str(caught.value)
+    assert set(corpus.iterdir()) == before
+
+
+def test_failure_while_writing_leaves_the_old_folder(corpus):
+    target = corpus / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    with pytest.raises(FileNotFoundError), new_folder(target) as folder:
+        (folder / "missing" / "new").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["old"]
+    with new_folder(target) as folder:
+        (folder / "new").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert not [path for path in corpus.iterdir() if path.name.startswith(".")]
+
+
+def test_only_an_untouched_result_is_replaced(corpus):
+    recipe = load(corpus)
+    run(recipe)
+    with pytest.raises(UserError, match=r"made by this recipe, .* --overwrite"):
+        run(recipe)
+    with pytest.raises(UserError, match=r"made by another recipe, .* --overwrite"):
+        run(load(corpus, "seed=1"))
+    run(load(corpus, "seed=1"), overwrite=True)
+    assert json.loads((corpus / "out/manifest.json").read_text())["seed"] == 1
+    (corpus / "out/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"files were added or changed since"):
+        run(recipe, overwrite=True)
+    assert (corpus / "out/notes.txt").read_text() == "mine"
+
+
+def test_folder_of_somebody_else_is_never_replaced(corpus):
+    (corpus / "out").mkdir()
+    (corpus / "out/thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="which holds something else, expected a new folder"):
+        run(load(corpus), overwrite=True)
+
+
+def test_command(corpus, capsys):
+    load(corpus)
+    assert main(["unify", str(corpus / "recipe.yaml"), "split.held_out=0"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["forget", "4", "0"] in lines
+    assert ["adversarial", "8", "0"] in lines
+    assert main(["unify", "--check", str(corpus / "out")]) == 0
+    assert "train.jsonl: 29 records, as written" in capsys.readouterr().out
+    for mistake in (
+        [],
+        ["--check", str(corpus)],
+        ["--check", str(corpus / "out"), "--overwrite"],
+        [str(corpus / "recipe.yaml")],
+        [str(corpus / "recipe.yaml"), "--format", "tofy"],
+    ):
+        assert main(["unify", *mistake]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
