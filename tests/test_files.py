@@ -6,7 +6,7 @@ import os
 import pytest
 
 from bidistill.errors import UserError
-from bidistill.files import atomic_path, write_json, write_text
+from bidistill.files import atomic_path, user_cache, write_json, write_text
 
 
 def test_nothing_shows_before_the_end(tmp_path):
@@ -93,3 +93,11 @@ def test_rejects_folder_without_permission(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot be written"):
         write_text(tmp_path / "a.txt", "")
+
+
+def test_user_cache_follows_the_standard(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert user_cache() == tmp_path / "bidistill"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_cache() == tmp_path / ".cache" / "bidistill"

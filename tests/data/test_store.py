@@ -17,7 +17,7 @@ from bidistill.data.build import build_store
 from bidistill.data.loader import RoleLoader
 from bidistill.data.readers import write_records
 from bidistill.data.records import ROLES, Record
-from bidistill.data.store import FILES, HEADER, TokenStore, encode, write_store
+from bidistill.data.store import FILES, HEADER, TokenStore, encode, is_whole, write_store
 from bidistill.data.views import Example, View, build_examples
 from bidistill.errors import UserError
 
@@ -261,12 +261,11 @@ def test_a_file_that_grows_meanwhile_is_refused(make, path, monkeypatch, tmp_pat
     assert list((tmp_path / "tokens").iterdir()) == []
 
 
-def test_default_folder_follows_the_standard(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert build.default_folder() == tmp_path / "bidistill" / "tokens"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert build.default_folder() == tmp_path / ".cache" / "bidistill" / "tokens"
+def test_without_a_folder_it_lies_in_the_users_cache(path, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    build_store(path, tokenizer, {})
+    (folder,) = (tmp_path / "cache" / "bidistill" / "tokens").iterdir()
+    assert is_whole(folder)
 
 
 def test_an_empty_file_is_an_empty_store(make, path):
