@@ -1,6 +1,6 @@
 """Loading data, beside `datasets` and at two million records: see `bench/loading.py`.
 
-    pytest bench/bench_loading.py --benchmark-only --benchmark-json=bench/results/DATE-SLUG.json
+pytest bench/bench_loading.py --benchmark-only --benchmark-json=bench/results/DATE-SLUG.json
 """
 
 from collections.abc import Callable, Iterator

@@ -18,7 +18,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from itertools import islice
@@ -230,7 +230,7 @@ def _with_rates(record: Record) -> Record:
 
 @contextmanager
 def resident_memory() -> Iterator[dict[str, int]]:
-    """Watch this process and its workers; the dictionary holds peaks in bytes, "all" their sum's."""
+    """Watch this process and its workers; yields peaks in bytes, under "all" that of the sum."""
     peaks: dict[str, int] = {"all": 0}
     over = threading.Event()
 

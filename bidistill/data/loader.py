@@ -95,11 +95,11 @@ class RoleLoader:
         self._pools = {
             role: np.flatnonzero(roles_E == ROLES.index(role)) for role in self._per_step
         }
-        for role, pool in self._pools.items():
-            if not len(pool):
+        for role, count in self._per_step.items():
+            if not len(self._pools[role]):
                 raise UserError(
-                    f"per_step.{role}: got {per_step[role]} with no such example in the data, "
-                    f"expected at least one; add records of role '{role}' or set it to 0"
+                    f"per_step.{role}: got {count} with no such example in the data, expected at "
+                    f"least one; add records of role '{role}' or set it to 0"
                 )
         self._orders: dict[Role, tuple[int, NDArray[np.int64]]] = {}
         self._data = self._digest()
@@ -152,9 +152,8 @@ class RoleLoader:
             order = pool[_permutation(len(pool), draw)]
             if self._bucket > 1:
                 count = self._per_step[role]
-                lead = (
-                    -epoch * len(pool) % count
-                )  # these belong to the last step of the epoch before
+                # these belong to the last step of the epoch before
+                lead = -epoch * len(pool) % count
                 lengths = self._lengths_E[order]
                 order = order[bucketed(lengths, count, self._bucket, lead, draw)]
             known = self._orders[role] = epoch, order

@@ -109,7 +109,9 @@ def pack(sequences: Sequence[tuple[View, Sequence[int]]]) -> Packed:
 
     sizes = [segment.end - segment.start for segment in segments]
     lengths = [len(answer) for answer in answers]
-    before = np.cumsum([0, *lengths[:-1]])  # answer tokens of the sequences before each
+    before = np.cumsum(
+        [0, *lengths[:-1]], dtype=np.int64
+    )  # answer tokens of the sequences before each
     return Packed(
         input_ids=torch.from_numpy(np.concatenate(pieces)[None]),
         position_ids=torch.from_numpy(_counted(shifts, sizes)[None]),

@@ -34,9 +34,9 @@ def draw(path: Path, states: States, comparisons: Mapping[str, Comparison]) -> N
 
     with matplotlib.rc_context({"svg.hashsalt": "bidistill", "font.size": 9}):
         figure = Figure(figsize=(12, 8), layout="constrained")
-        clouds, gaps = figure.subfigures(2, 1, height_ratios=(1, 0.9))
-        _clouds(clouds, states)
-        _gaps(gaps, comparisons)
+        upper, lower = figure.subfigures(2, 1, height_ratios=(1, 0.9), squeeze=False)[:, 0]
+        _clouds(upper, states)
+        _gaps(lower, comparisons)
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
 

@@ -1,6 +1,7 @@
 """Loading: everybody reads the same tokens, memory is seen where it lies, the page shows both."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -77,10 +78,14 @@ def test_memory_of_workers_is_seen():
     with resident_memory() as peaks:
         own = np.ones(100 * MIB // 8)
         subprocess.run([sys.executable, "-c", code], check=True)
-    workers = [size for process, size in peaks.items() if process != "all"]
-    assert len(workers) == 2
-    assert min(workers) > 200 * MIB
-    assert peaks["all"] > min(workers) + own.nbytes
+    (worker,) = [  # beside it a process may be seen that is about to become it
+        size
+        for name, size in peaks.items()
+        if name not in ("all", str(os.getpid()))
+        if size > MIB * 99
+    ]
+    assert 200 * MIB < worker < 300 * MIB
+    assert peaks["all"] > worker + own.nbytes
 
 
 def test_cases():
@@ -97,7 +102,7 @@ def record(provider, samples_ms, **changes):
         "whole": False,
         "provider": provider,
         "status": "right",
-        "median_ms": float(np.median(samples_ms)),
+        **{f"{name}_ms": float(np.median(samples_ms)) for name in ("median", "p20", "p80", "min")},
         "samples_ms": samples_ms,
         "peak_bytes": 3 * MIB,
         "tokens_per_s": 12345.6,
