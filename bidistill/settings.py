@@ -165,7 +165,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not equals or not all((*parents, last)):
         raise UserError(f"override: got {override!r}, expected key=value such as optim.lr=1e-4")
     for depth, key in enumerate(parents, start=1):
-        raw = raw.setdefault(key, {})
+        if raw.get(key) is None:  # missing, or switched off: the override switches it on
+            raw[key] = {}
+        raw = raw[key]
         if not isinstance(raw, dict):
             where = ".".join(parents[:depth])
             raise UserError(

@@ -109,6 +109,12 @@ MISTAKES = {
 }
 
 
+def test_override_switches_a_section_on_that_was_off(recipe):
+    config = load_config(recipe, ["model.adapter=null", "model.adapter.rank=3"])
+    assert config.model.adapter is not None
+    assert config.model.adapter.rank == 3
+
+
 @pytest.mark.parametrize(("override", "message"), MISTAKES.items(), ids=list(MISTAKES))
 def test_rejects(recipe, override, message):
     with pytest.raises(UserError) as caught:

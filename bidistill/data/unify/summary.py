@@ -31,6 +31,6 @@ def _remarks(manifest: Manifest) -> Iterator[str]:
     for role, count in manifest.outputs["train.jsonl"].without_answer.items():
         key = "forgetting" if role in FORGETTING else "keeping"
         yield (
-            f"{role}: {count} records have no answer yet and cannot be trained on; add a model "
-            f"and set targets.{key}, or leave them out"
+            f"{role}: {count} records have no answer yet and cannot be trained on; have a model "
+            f"write it (model, targets.{key}), or leave them out with targets.unanswered=drop"
         )

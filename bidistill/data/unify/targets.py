@@ -38,6 +38,9 @@ class TargetConfig:
     keeping: Literal["gold", "teacher", "none"] = "gold"
     """For the other roles. ``gold``: the file's answer; where it has none, the model's, if there is
     a model. ``teacher``: the model's; a refusal or an empty reply gives way to the file's."""
+    unanswered: Literal["keep", "drop"] = "keep"
+    """What becomes of records that are left without an answer. ``keep`` writes them, for somebody
+    to answer; they cannot be trained on. ``drop`` leaves them out of ``train.jsonl``."""
     refusals: Texts = REFUSALS
     """Sentences, or a file of them."""
     contexts: dict[Role, tuple[Message, ...]] = field(default_factory=dict)
@@ -59,7 +62,8 @@ def answer(
 
     Returns:
         The drafts in the same order, and what became of them. A target stays None where the
-        recipe says ``none``, or neither the file nor a model has an answer.
+        recipe says ``none``, or neither the file nor a model has an answer; with ``drop`` these
+        drafts are left out.
 
     Raises:
         UserError: a teacher is asked for that is missing or has no context to refuse by, or the
@@ -83,7 +87,8 @@ def answer(
             text = target(draft)
             draft = replace(draft, target=None if text is None else continued(draft.prefill, text))
         counts["without an answer"] += draft.target is None
-        made.append(draft)
+        if draft.target is not None or config.unanswered == "keep":
+            made.append(draft)
     return made, {what: count for what, count in sorted(counts.items()) if count}
 
 

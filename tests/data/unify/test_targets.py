@@ -44,6 +44,15 @@ def test_default_needs_no_model():
     assert [(m.id, m.role, m.gold) for m in made] == [(d.id, d.role, d.gold) for d in drafts]
 
 
+def test_what_stays_without_an_answer_can_be_left_out():
+    drafts = [draft("forget", "f"), draft("neighbor", "n"), draft("retain", "r", gold=None)]
+    made, counts = answer(drafts, TargetConfig(unanswered="drop"), 0, None)
+    assert [m.id for m in made] == ["f", "n"]
+    assert counts["without an answer"] == 1
+    off = TargetConfig(forgetting="none", keeping="none", unanswered="drop")
+    assert answer(drafts, off, 0, None)[0] == []
+
+
 def test_default_refusals_refuse():
     assert all(refuses(refusal) for refusal in REFUSALS)
 
