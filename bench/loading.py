@@ -194,7 +194,7 @@ def _whole_way(
     # in a process of its own, whose memory is that of this work and of the imports it needs
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         found = pool.submit(from_file, path, tokenizer).result()
-    record = _record(case, OURS) | found | {"file_bytes": path.stat().st_size}
+    record: Record = {**_record(case, OURS), **found, "file_bytes": path.stat().st_size}
     record |= {name: quantile(record["samples_ms"], at) for name, at in QUANTILES.items()}
     return [_with_rates(record)]
 
