@@ -5,26 +5,42 @@ A checkpoint is a folder that appears under its final name when it is complete:
 .. code-block:: text
 
     checkpoints/step-000010/
-        weights.safetensors     trained parameters, fp32
-        optimizer.safetensors   <parameter>/<exp_avg, exp_avg_sq, step>
-        random.safetensors      states of torch's generators
-        state.json              step, loader position, counters
+        *.safetensors   weights/<parameter>, fp32
+                        optimizer/<parameter>/<exp_avg, exp_avg_sq, step>
+                        random/<rank>/<device>, states of generators
+        state.json      step, loader position, counters
+
+Each rank writes the parts of the tensors that it holds, by PyTorch's distributed checkpoints in
+their safetensors form (the other form pickles its index), and reads what it is to hold: another
+number of ranks, or another way of sharing out the model, makes no difference.
 """
 
 import json
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from bidistill.errors import UserError
-from bidistill.files import atomic_path, write_json
+from bidistill.files import write_json
+from bidistill.world import World
 
 PATTERN = "step-*"
+STATE = "state.json"
+MOMENTS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "exp_avg": torch.zeros_like,
+    "exp_avg_sq": torch.zeros_like,
+    "step": lambda parameter: torch.zeros(()),
+}
+"""What AdamW keeps of a parameter, and how much room it takes."""
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -38,8 +54,9 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
     keep: int,
+    world: World | None = None,
 ) -> Path:
-    """Write a checkpoint and delete all but the latest ``keep``.
+    """Write a checkpoint and delete all but the latest ``keep``; all ranks together.
 
     Args:
         folder: where the checkpoints of a run lie.
@@ -47,22 +64,34 @@ def save(
         optimizer: over exactly these parameters.
         state: what else resuming needs, as JSON; has ``step``, the number of steps done.
         keep: checkpoints that stay, this one included.
+        world: the ranks of the run; None: this process alone.
 
     Returns:
         The folder of the new checkpoint.
     """
-    parameters = trainable(model)
+    world = world or World()
     path = folder / f"step-{state['step']:06d}"
     if path.exists():  # complete, as only complete ones carry the name; the run came here before
         return path
-    with atomic_path(path) as temporary:
-        temporary.mkdir()
-        save_file(_plain(parameters), temporary / "weights.safetensors")
-        save_file(_plain(_moments(parameters, optimizer)), temporary / "optimizer.safetensors")
-        save_file(_random_states(), temporary / "random.safetensors")
-        write_json(temporary / "state.json", state)
-    for old in sorted(folder.glob(PATTERN))[:-keep]:
-        shutil.rmtree(old)
+    temporary = folder / f".{path.name}.tmp"  # a name that all ranks know
+    if world.first:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+        temporary.mkdir(parents=True)
+    world.barrier()
+    parameters = trainable(model)
+    tensors = {f"weights/{name}": p.detach() for name, p in parameters.items()}
+    tensors |= _moments(parameters, optimizer)
+    tensors |= {f"random/{world.rank}/{name}": t for name, t in _random_states().items()}
+    with _quiet():
+        writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
+    world.barrier()
+    if world.first:
+        write_json(temporary / STATE, state)
+        temporary.rename(path)
+        for old in sorted(folder.glob(PATTERN))[:-keep]:
+            shutil.rmtree(old)
+    world.barrier()
     return path
 
 
@@ -71,8 +100,13 @@ def latest(folder: Path) -> Path | None:
     return max(folder.glob(PATTERN), default=None)
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World | None = None
+) -> dict[str, Any]:
     """Put the state of a checkpoint back into model, optimiser and random generators.
+
+    With as many ranks as it was saved by, sharing the model in the same way, the run goes on bit
+    for bit; with others, up to rounding, and generators that a rank lacks stay as seeded.
 
     Returns:
         The ``state`` that :func:`save` was given.
@@ -80,41 +114,62 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     Raises:
         UserError: the checkpoint is damaged or holds other parameters than the model trains.
     """
+    world = world or World()
     parameters = trainable(model)
-    try:
-        weights = load_file(path / "weights.safetensors")
-        moments = load_file(path / "optimizer.safetensors")
-        random = load_file(path / "random.safetensors")
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except Exception as error:
+    with _readable(path):
+        reader = HuggingFaceStorageReader(str(path))
+        known = reader.read_metadata().state_dict_metadata
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    weights = {f"weights/{name}": p.detach() for name, p in parameters.items()}
+    saved = {name for name in known if name.startswith("weights/")}
+    if odd := saved ^ weights.keys():
         raise UserError(
-            f"{path}: cannot be read ({error}); delete this folder to resume from the one before"
-        ) from None
-    if weights.keys() != parameters.keys():
-        odd = min(weights.keys() ^ parameters.keys())
-        raise UserError(
-            f"{path}: its parameters differ from the model's, for one {odd}; "
-            "resume with the recipe that began this run"
+            f"{path}: its parameters differ from the model's, for one "
+            f"{min(odd).removeprefix('weights/')}; resume with the recipe that began this run"
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+    moments = {
+        f"optimizer/{name}/{key}": make(p.detach())
+        for name, p in parameters.items()
+        for key, make in MOMENTS.items()
+        if f"optimizer/{name}/{key}" in known
+    }
+    own = f"random/{world.rank}/"
+    random = {f"{own}{name}": t for name, t in _random_states().items() if f"{own}{name}" in known}
+    with _readable(path), _quiet():
+        wanted = {**weights, **moments, **random}
+        dcp.load(wanted, storage_reader=reader, no_dist=world.size == 1)
     _restore_moments(parameters, optimizer, moments)
-    _restore_random_states(random)
+    _restore_random_states({name.rpartition("/")[2]: tensor for name, tensor in random.items()})
     return state
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Detached and contiguous on the CPU, as safetensors wants them."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Make one line of whatever is wrong with a checkpoint."""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        reason = " ".join(str(error).split())[-300:]
+        raise UserError(
+            f"{path}: cannot be read ({reason}); delete this folder to resume from the one before"
+        ) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what PyTorch says of one process that saves alone, and of its own internals."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+        yield
 
 
 def _moments(
     parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """The optimiser's tensors as ``<parameter>/<key>``; none before the first update."""
+    """The optimiser's tensors as ``optimizer/<parameter>/<key>``; none before the first update."""
     return {
-        f"{name}/{key}": value
+        f"optimizer/{name}/{key}": value
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -128,7 +183,7 @@ def _restore_moments(
     """Hand the tensors back through ``load_state_dict``, which puts them on the right device."""
     by_name: dict[str, dict[str, Tensor]] = {}
     for full_name, value in moments.items():
-        name, _, key = full_name.rpartition("/")
+        name, _, key = full_name.removeprefix("optimizer/").rpartition("/")
         by_name.setdefault(name, {})[key] = value
     order = {parameter: index for index, parameter in enumerate(_all_parameters(optimizer))}
     state = {order[parameters[name]]: entry for name, entry in by_name.items()}
@@ -150,6 +205,7 @@ def _random_states() -> dict[str, Tensor]:
 
 def _restore_random_states(states: Mapping[str, Tensor]) -> None:
     """Inverse of :func:`_random_states`."""
-    torch.set_rng_state(states["cpu"])
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

@@ -143,6 +143,23 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """How a step is cut up among processes, and in time; its result stays the same."""
+
+    __pydantic_config__ = STRICT
+
+    shard: AtLeastOne | None = None
+    """Ranks that share out one copy of the model; 1: each holds a copy; ``null``: all ranks share
+    one."""
+    accumulate: AtLeastOne = 1
+    """Parts that each rank's share of a step is cut into, one after the other in memory."""
+    recompute: bool = False
+    """Keep the inputs of the blocks alone and run each block again in the backward."""
+    offload: bool = False
+    """Keep weights, gradients and optimiser in the CPU's memory while they are not used."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """One training run."""
 
@@ -154,6 +171,7 @@ class TrainConfig:
     objectives: dict[Role, ObjectiveConfig]
     """One loss for each role that takes part."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     steps: AtLeastOne
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     checkpoint_every: AtLeastOne = 10

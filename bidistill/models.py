@@ -38,6 +38,8 @@ from bidistill_kernels import LogitTransform
 
 SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 SCALE_FIELDS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+ROOT_METHODS = ("distill_step", "teacher_rows")
+"""What runs the model from outside; where it is sharded, only these may."""
 TRANSFORM_TOLERANCE = 1e-4
 """Largest difference to the model's own logits, relative to the largest of them."""
 
@@ -246,16 +248,19 @@ def hidden_rows(model: nn.Module, packed: Packed) -> Float[Tensor, "N H"]:
 
 
 def attach_distill_step(model: nn.Module) -> None:
-    """Give the root module ``model`` the method ``distill_step`` and let its head run a loss.
+    """Give the root module ``model`` its `ROOT_METHODS` and let its head run a loss.
 
     ``model.distill_step(student, loss, teacher)`` runs the student on the pack ``student`` and
     returns what ``loss(hidden, head_weight, head_bias, teacher_rows)`` returns. ``teacher`` is
     the teacher's pack, whose rows are then computed with the adapters off; or
     :class:`TeacherRows` at hand; or None for a loss that needs no teacher.
+
+    ``model.teacher_rows(packed)`` returns the rows of the model as it is with its adapters off.
     """
     head = model.get_output_embeddings()  # type: ignore
     head.forward = types.MethodType(_head_forward, head)
     model.distill_step = types.MethodType(_distill_step, model)  # type: ignore
+    model.teacher_rows = types.MethodType(_teacher_rows, model)  # type: ignore
 
 
 def _distill_step(
@@ -263,14 +268,21 @@ def _distill_step(
 ) -> object:
     """Teacher, student and loss in one method of the root module."""
     if isinstance(teacher, Packed):
-        training = self.training
-        self.eval()  # the teacher knows no dropout
-        with torch.no_grad(), adapters_off(self):
-            teacher = TeacherRows(hidden_rows(self, teacher))
-        self.train(training)
+        teacher = TeacherRows(_teacher_rows(self, teacher))
     hidden = hidden_rows(self, student)
     head = self.get_output_embeddings()  # type: ignore
     return head(hidden, fused=lambda *student_side: loss(*student_side, teacher))
+
+
+@torch.no_grad()
+def _teacher_rows(self: nn.Module, packed: Packed) -> Float[Tensor, "N H"]:
+    """Hidden rows of the base model, which knows no dropout."""
+    training = self.training
+    self.eval()
+    with adapters_off(self):
+        hidden = hidden_rows(self, packed)
+    self.train(training)
+    return hidden
 
 
 def _head_forward(

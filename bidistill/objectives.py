@@ -41,7 +41,7 @@ class StepResult(NamedTuple):
     """What one step's loss returns; tensors stay on the device."""
 
     loss: Float[Tensor, ""]
-    """Weighted sum over rows, divided by the number of rows; nats."""
+    """Weighted sum over rows, divided by the number of rows of the step; nats."""
     role_sums: Float[Tensor, " R"]
     """Unweighted loss summed over the rows of each role, in the order of ``ROLES``; detached."""
 
@@ -114,7 +114,8 @@ class StepLoss:
         self.target = target_N
         self.role = role_N
         self.counted = counted_N
-        self.num_rows = int(counted_N.sum())
+        self.divisor = int(counted_N.sum())
+        """Rows that the sum is divided by: those of the whole step, where this is a part of it."""
         self.role_counts = torch.bincount(role_N[counted_N], minlength=len(ROLES)).tolist()
 
     def __call__(
@@ -125,7 +126,7 @@ class StepLoss:
         teacher: TeacherRows | None,
     ) -> StepResult:
         """Run every term's fused loss on its rows."""
-        role_sums = torch.zeros(len(ROLES), device=hidden.device)
+        role_sums = torch.zeros(len(ROLES), device=hidden.device, dtype=torch.float64)
         totals = []
         for term in self.objectives.terms:
             rows = (_member_R(term.roles)[self.role] & self.counted).nonzero().squeeze(1)
@@ -133,7 +134,10 @@ class StepLoss:
                 total, per_row = self._run(term, rows, hidden, weight, bias, teacher)
                 totals.append(total)
                 role_sums.index_add_(0, self.role[rows].to(hidden.device), per_row)
-        return StepResult(torch.stack(totals).sum() / self.num_rows, role_sums)
+        if not totals:
+            # no row counts here; other ranks wait for gradients of all that trains, if of zeros
+            totals.append((hidden[:0] @ weight.T).sum())
+        return StepResult(torch.stack(totals).sum() / self.divisor, role_sums)
 
     def _run(
         self,
@@ -165,7 +169,7 @@ class StepLoss:
             **keywords,
             **term.options,
         )
-        return total, stats.per_token.detach().float()
+        return total, stats.per_token.detach().double()
 
 
 def _member_R(roles: Collection[Role]) -> Tensor:

@@ -3,6 +3,7 @@
 Progress goes to standard error, results to standard output, so a pipe gets results only.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,8 @@ LINES = 10
 
 def say(text: str) -> None:
     """Print ``text`` to standard output at once; on a terminal it appears above a running bar."""
-    print(text, flush=True)
+    if _is_first():
+        print(text, flush=True)
 
 
 def track(iterable: Iterable[Item], total: int, label: str) -> Iterator[Item]:
@@ -27,8 +29,15 @@ def track(iterable: Iterable[Item], total: int, label: str) -> Iterator[Item]:
         total: number of items expected; only the display depends on it.
         label: what is being done, such as ``"train"``.
     """
+    if not _is_first():
+        return iter(iterable)
     show = _bar if sys.stderr.isatty() else _lines
     return show(iterable, total, label)
+
+
+def _is_first() -> bool:
+    """Whether this is the process that speaks for all that ``torchrun`` started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _bar(iterable: Iterable[Item], total: int, label: str) -> Iterator[Item]:

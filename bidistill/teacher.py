@@ -21,10 +21,11 @@ from bidistill.data.loader import Batch
 from bidistill.data.readers import read_records
 from bidistill.data.records import FORGETTING, ROLES, Record, Role
 from bidistill.data.views import Example, Message
+from bidistill.distributed import put_back, whole
 from bidistill.evaluation.detectors import refuses, says_fact
 from bidistill.evaluation.generation import generate
 from bidistill.evaluation.probes import Probe, read_probes
-from bidistill.models import TeacherRows, adapters_off, hidden_rows, load_base, load_tokenizer
+from bidistill.models import TeacherRows, adapters_off, load_base, load_tokenizer
 from bidistill.progress import say, track
 
 CHUNK_TOKENS = 8192
@@ -51,7 +52,8 @@ class HiddenCache:
     weights train. Where the head trains too, a frozen copy of it belongs to the cache.
 
     Args:
-        model: the student, untrained.
+        model: the student, untrained, with its root methods attached; where it is shared out, all
+            ranks fill their caches together.
         examples: all examples that may come up.
     """
 
@@ -62,12 +64,11 @@ class HiddenCache:
         chunks = list(_chunks(examples))
         for chunk in track(chunks, len(chunks), "teacher"):
             self._fill(model, chunk)
+        put_back(model)
 
-    @torch.no_grad()
     def _fill(self, model: nn.Module, examples: Sequence[Example]) -> None:
         """One forward over a pack, split into the rows of each example."""
-        with adapters_off(model):
-            hidden = hidden_rows(model, Batch(tuple(examples)).teacher())
+        hidden = model.teacher_rows(Batch(tuple(examples)).teacher())  # type: ignore
         lengths = [len(example.answer_ids) for example in examples]
         for example, rows in zip(examples, hidden.split(lengths), strict=True):
             self.rows[example.id] = rows.cpu()  # an accelerator's memory is for training
@@ -84,7 +85,7 @@ def _frozen_head(model: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     parameters = [head.weight, getattr(head, "bias", None)]
     if not any(p is not None and p.requires_grad for p in parameters):
         return None, None
-    weight, bias = (None if p is None else p.detach().clone() for p in parameters)
+    weight, bias = (None if p is None else whole(p.detach()).clone() for p in parameters)
     return weight, bias
 
 

@@ -8,9 +8,9 @@
         checkpoints/       the latest ones (see checkpoint.py)
         adapter/ or model/ the result
 
-The loss of a step is a sum over answer rows divided by their number in the step, so it does not
-depend on how the step is cut up. Whatever a step needs is a function of the configuration and the
-step number, or lies in the checkpoint: a resumed run ends with the same bits.
+The loss of a step is a sum over answer rows divided by their number in the step, over all ranks and
+parts, so it does not depend on how the step is cut up. Whatever a step needs is a function of the
+configuration and the step number, or lies in the checkpoint: a resumed run ends with the same bits.
 """
 
 import math
@@ -28,18 +28,22 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from bidistill import checkpoint, contrastive, export, run_folder
+from bidistill import checkpoint, contrastive, distributed, export, run_folder
+from bidistill.attention import use_packed_attention
 from bidistill.config import OptimConfig, TrainConfig, require_objectives
 from bidistill.data.build import build_store
 from bidistill.data.loader import Batch, RoleLoader
+from bidistill.data.packing import Packed
 from bidistill.data.records import ROLES
 from bidistill.data.views import Example
 from bidistill.errors import UserError
 from bidistill.models import attach_distill_step, load_model, load_tokenizer, read_logit_transform
-from bidistill.objectives import Objectives, StepResult
+from bidistill.objectives import Objectives, StepLoss, StepResult
 from bidistill.progress import say, track
 from bidistill.teacher import HiddenCache, contexts_of
+from bidistill.world import World, join
 
 CHECKPOINTS = "checkpoints"
 STOPPED = 130
@@ -47,7 +51,7 @@ STOPPED = 130
 
 
 def main(config: TrainConfig, resume: bool = False) -> Path:
-    """Train by a recipe and export the result.
+    """Train by a recipe and export the result; under ``torchrun``, on all ranks together.
 
     Args:
         config: the recipe.
@@ -63,6 +67,7 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
     """
     result = config.output / ("model" if config.model.adapter is None else "adapter")
     _check(config)
+    world = join()
     run_folder.check(config, resume)
     if resume and result.exists():
         say(f"{result}: finished already")
@@ -70,16 +75,25 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(config.model.path)
-    data = config.data
-    examples = build_store(
-        data.train,
-        tokenizer,
-        contexts_of(config.teacher),
-        max_answer_tokens=data.max_answer_tokens,
-        folder=data.cache,
-        workers=data.workers,
+    data, parallel = config.data, config.parallel
+    with world.first_before_others():  # who finds the store and who makes it
+        examples = build_store(
+            data.train,
+            tokenizer,
+            contexts_of(config.teacher),
+            max_answer_tokens=data.max_answer_tokens,
+            folder=data.cache,
+            workers=data.workers,
+        )
+    loader = RoleLoader(
+        examples,
+        data.per_step,
+        config.seed,
+        rank=world.rank,
+        world_size=world.size,
+        parts=parallel.accumulate,
+        bucket=data.bucket,
     )
-    loader = RoleLoader(examples, data.per_step, config.seed, bucket=data.bucket)
     model = load_model(config.model, config.seed)
     objectives = Objectives(config.objectives, read_logit_transform(model))
     attach_distill_step(model)
@@ -87,17 +101,37 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
     with _autocast(config, model):
         if adapter and adapter.contrast:
             contrastive.initialise(model, _used(examples, config), adapter)
+        distributed.shard(model, parallel, world, getattr(torch, config.model.dtype))
         if objectives.need_teacher and config.teacher.cache:
             cache = HiddenCache(model, _used(examples, config))
-    run_folder.begin(config)  # nothing was written so far, and little can fail from here on
-    train(config, model, loader, objectives, cache)
+    world.barrier()  # all have looked at the output folder, and nobody has written
+    if world.first:
+        run_folder.begin(config)  # nothing was written so far, and little can fail from here on
+    train(config, model, loader, objectives, cache, world)
+    trained = {n: distributed.whole(p.detach()) for n, p in checkpoint.trainable(model).items()}
+    if world.first:
+        _export(config, model if world.size == 1 else None, trained, tokenizer, result)
+    world.barrier()
+    say(f"wrote {result}")
+    return result
+
+
+def _export(
+    config: TrainConfig,
+    model: nn.Module | None,
+    trained: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    result: Path,
+) -> None:
+    """Write what was trained; where the model is shared out, into one that is loaded anew."""
+    if model is None:
+        model = load_model(config.model, config.seed)
+        model.load_state_dict(trained, strict=False)
     if isinstance(model, PeftModel):
         export.weaken(model, config.model.adapter.strength)  # type: ignore
         export.save_adapter(model, result)
     else:
         export.save_merged(model, tokenizer, result)
-    say(f"wrote {result}")
-    return result
 
 
 @dataclass
@@ -116,6 +150,7 @@ def train(
     loader: RoleLoader,
     objectives: Objectives,
     cache: HiddenCache | None,
+    world: World | None = None,
 ) -> None:
     """Run the remaining steps, from the latest checkpoint if there is one.
 
@@ -125,31 +160,35 @@ def train(
         loader: gives the batches.
         objectives: the losses.
         cache: the teacher's rows; None computes them in each step.
+        world: the ranks that train together; None: this process alone.
 
     Raises:
         SystemExit: interrupted; the checkpoint of the last whole step is written.
     """
+    world = world or World()
     parameters = list(checkpoint.trainable(model).values())
     optimizer = make_optimizer(parameters, config.optim)
     folder = config.output / CHECKPOINTS
     done = Progress()
     if (path := checkpoint.latest(folder)) is not None:
-        state = checkpoint.load(path, model, optimizer)
+        state = checkpoint.load(path, model, optimizer, world)
         done = Progress(state["step"], state["skipped"])
         loader.load_state(state["loader"])
         say(f"resuming after step {done.step}")
     model.train()
     batches = islice(loader, config.steps - done.step)
-    with run_folder.log(config.output, done.step) as write, _interrupt() as interrupted:
+    log = run_folder.log(config.output, done.step) if world.first else nullcontext(lambda _: None)
+    with log as write, _interrupt() as interrupted:
         for batch, loader_state in track(batches, config.steps - done.step, "train"):
-            entry = train_step(config, model, optimizer, objectives, cache, batch, done.step)
+            entry = train_step(config, model, optimizer, objectives, cache, batch, done.step, world)
             done.step += 1
             done.skipped += entry["skipped"]
             write(entry)
-            if interrupted() or done.step % config.checkpoint_every == 0:
+            stop = world.any(interrupted())
+            if stop or done.step % config.checkpoint_every == 0:
                 state = {"step": done.step, "skipped": done.skipped, "loader": loader_state}
-                checkpoint.save(folder, model, optimizer, state, config.keep_checkpoints)
-            if interrupted():
+                checkpoint.save(folder, model, optimizer, state, config.keep_checkpoints, world)
+            if stop:
                 say(f"stopped after step {done.step} of {config.steps}; go on with --resume")
                 raise SystemExit(STOPPED)
     model.eval()
@@ -165,8 +204,9 @@ def train_step(
     cache: HiddenCache | None,
     batch: Batch,
     step: int,
+    world: World | None = None,
 ) -> dict[str, Any]:
-    """One update.
+    """One update, by all ranks together.
 
     Args:
         config: the recipe.
@@ -174,44 +214,81 @@ def train_step(
         optimizer: over the trainable parameters.
         objectives: the losses.
         cache: the teacher's rows, or None.
-        batch: the examples of the step.
+        batch: this rank's examples of the step.
         step: number of the step, from 0.
+        world: the ranks that share the step; None: this process alone.
 
     Returns:
-        The line of the log: step (from 1), loss and loss per role in nats per row, grad_norm
-        before clipping, lr, tokens of the student's pack, rows, skipped, step_ms.
+        The line of the log, the same on all ranks but for step_ms: step (from 1), loss and loss per
+        role in nats per row, grad_norm before clipping, lr, tokens of the student's packs, rows,
+        skipped, step_ms.
     """
     start = time.perf_counter()
+    world = world or World()
     lr = learning_rate(config.optim, step, config.steps)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    student = batch.student()
-    loss_of_step = objectives.for_step(batch.examples, student)
-    teacher = None
-    if objectives.need_teacher:
-        teacher = batch.teacher() if cache is None else cache.for_batch(batch)
+    parts = [Part(part, objectives) for part in batch.parts]
+    sizes = [[part.student.input_ids.numel(), *part.loss.role_counts] for part in parts]
+    tokens, *counts = world.sum([sum(column) for column in zip(*sizes, strict=True)]).tolist()
     optimizer.zero_grad(set_to_none=True)
-    with _autocast(config, model):
-        result: StepResult = model.distill_step(student, loss_of_step, teacher)  # type: ignore
-    result.loss.backward()
+    results = []
+    for part in parts:
+        part.loss.divisor = int(sum(counts))
+        distributed.reduce_gradients(model, after=part is parts[-1])
+        results.append(_backward(config, model, objectives, cache, part, world))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
-    loss, grad_norm = torch.stack([result.loss.detach(), norm]).tolist()
+    sums = torch.stack([torch.stack([r.loss.detach(), *r.role_sums]) for r in results]).sum(0)
+    loss, *role_sums = world.sum(sums).tolist()
+    grad_norm = distributed.whole(norm).item()
+    # the same numbers on all ranks, so that all take the step or none does
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     if finite:  # a bad step must not reach the moments either
         optimizer.step()
-    sums = zip(ROLES, result.role_sums.tolist(), loss_of_step.role_counts, strict=True)
+    by_role = zip(ROLES, role_sums, counts, strict=True)
     return {
         "step": step + 1,
         "loss": loss,
-        **{f"loss/{role}": total / count for role, total, count in sums if count},
+        **{f"loss/{role}": total / count for role, total, count in by_role if count},
         "grad_norm": grad_norm,
         "lr": lr,
-        "tokens": student.input_ids.numel(),
-        "rows": loss_of_step.num_rows,
+        "tokens": int(tokens),
+        "rows": int(sum(counts)),
         "skipped": int(not finite),
         "step_ms": round(1e3 * (time.perf_counter() - start), 1),
     }
+
+
+class Part:
+    """One part of a rank's share of a step: its examples, their pack and their loss."""
+
+    def __init__(self, batch: Batch, objectives: Objectives) -> None:
+        """Pack the student's views."""
+        self.batch = batch
+        self.student: Packed = batch.student()
+        self.loss: StepLoss = objectives.for_step(batch.examples, self.student)
+
+
+def _backward(
+    config: TrainConfig,
+    model: nn.Module,
+    objectives: Objectives,
+    cache: HiddenCache | None,
+    part: Part,
+    world: World,
+) -> StepResult:
+    """Add the gradients of a part to those of the parts before it."""
+    teacher = None
+    if objectives.need_teacher:
+        teacher = part.batch.teacher() if cache is None else cache.for_batch(part.batch)
+    # blocks that are run again in the backward need their attention there, too
+    with use_packed_attention(model) if config.parallel.recompute else nullcontext():
+        with _autocast(config, model):
+            result: StepResult = model.distill_step(part.student, part.loss, teacher)  # type: ignore
+        # gradients of the ranks are averaged, and the loss is a sum over all of them
+        (result.loss * world.size).backward()
+    return result
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:

@@ -1,7 +1,9 @@
-"""The one assert function for numbers; it has no switch that makes it lenient."""
+"""The one assert function for numbers, which has no switch that makes it lenient; and what makes
+whole models exact enough to compare with."""
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 # PyTorch's own error in each dtype, where the case at hand happens to show less
 OWN_ERROR = {
@@ -40,3 +42,15 @@ def assert_close(name: str, actual: Tensor, expected64: Tensor, torch_own: Tenso
     values = f"got {actual.flatten()[at]:.6g}, expected {expected64.flatten()[at]:.6g}"
     assert worst <= bound, f"{name}: error {worst:.2e}, bound {bound:.2e}, at {at}: {values}"
     return worst
+
+
+class Wide(TorchFunctionMode):
+    """Casts to fp32 go to fp64 inside: transformers' norms, rotary angles and softmax do them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        def wide(value):
+            return torch.float64 if value is torch.float32 else value
+
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        kwargs = {name: wide(value) for name, value in (kwargs or {}).items()}
+        return func(*map(wide, args), **kwargs)

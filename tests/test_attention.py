@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from torch.overrides import TorchFunctionMode
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -31,7 +30,7 @@ from bidistill.attention import NAME, packed_attention, register, use_packed_att
 from bidistill.data.packing import Segment, pack
 from bidistill.data.views import View
 from bidistill.errors import UserError
-from tests.support import assert_close
+from tests.support import Wide, assert_close
 
 SIZES = {
     "vocab_size": 61,
@@ -105,18 +104,6 @@ def gradients(model, rows):
     return dict(
         zip(parameters, torch.autograd.grad(rows, parameters.values(), upstream), strict=True)
     )
-
-
-class Wide(TorchFunctionMode):
-    """Casts to fp32 go to fp64 inside: transformers' norms, rotary angles and softmax do them."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        def wide(value):
-            return torch.float64 if value is torch.float32 else value
-
-        func = torch.Tensor.double if func is torch.Tensor.float else func
-        kwargs = {name: wide(value) for name, value in (kwargs or {}).items()}
-        return func(*map(wide, args), **kwargs)
 
 
 def error(actual, expected):

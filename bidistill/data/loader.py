@@ -21,6 +21,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,18 @@ from bidistill.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The examples of one step, role by role."""
+    """The examples of one step, or of one rank's share of it, role by role."""
 
     examples: tuple[Example, ...]
+    sizes: tuple[int, ...] = ()
+    """How many of them belong to each part of the step; () leaves it whole."""
+
+    @property
+    def parts(self) -> "tuple[Batch, ...]":
+        """The step in the parts that are run one after the other, each role by role."""
+        ends = list(accumulate(self.sizes or (len(self.examples),)))
+        starts = [0, *ends[:-1]]
+        return tuple(Batch(self.examples[s:e]) for s, e in zip(starts, ends, strict=True))
 
     def student(self) -> Packed:
         """Pack the student's views; row n is the same answer token as row n of `teacher`."""
@@ -64,6 +74,7 @@ class RoleLoader:
         *,
         rank: int = 0,
         world_size: int = 1,
+        parts: int = 1,
         bucket: int = 1,
     ) -> None:
         """Sort the examples by role.
@@ -74,6 +85,7 @@ class RoleLoader:
             seed: same seed, same batches.
             rank: which share of each step to give, from 0.
             world_size: number of shares.
+            parts: into how many a share is cut, with about equal numbers of tokens.
             bucket: steps whose examples are drawn together and sorted by length, role by role,
                 before they are cut into steps, which are then shuffled: those of a step become
                 about equally long, and the work of its ranks more even. Steps differ more among
@@ -82,13 +94,13 @@ class RoleLoader:
 
         Raises:
             UserError: a role is unknown or has no examples, a count is negative, all are zero, or
-                there are more ranks than examples in a step.
+                there are more ranks, or parts of them, than examples in a step.
         """
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
         assert bucket > 0, f"bucket {bucket}"
-        self._per_step = _checked(per_step, world_size)
+        self._per_step = _checked(per_step, world_size, parts)
         self._seed, self._bucket = seed, bucket
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size, self._parts = rank, world_size, parts
         self._step = 0
         self._examples = examples
         roles_E, self._lengths_E = _columns(examples)
@@ -114,16 +126,16 @@ class RoleLoader:
         while True:
             drawn = [self._take(role, step * n, n) for role, n in self._per_step.items()]
             step += 1
-            share = self._share(np.concatenate(drawn))
-            batch = Batch(tuple(self._examples[i] for i in share.tolist()))
-            yield batch, {"step": step, "data": self._data}
+            parts = self._share(np.concatenate(drawn))
+            examples = tuple(self._examples[i] for part in parts for i in part.tolist())
+            yield Batch(examples, tuple(map(len, parts))), {"step": step, "data": self._data}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Make iteration begin at the batch after the one that came with `state`.
 
         Args:
-            state: as `__iter__` gave it, on any rank of any number of ranks, with the same
-                examples, counts, bucket and seed.
+            state: as `__iter__` gave it, on any rank of any number of ranks and parts, with the
+                same examples, counts, bucket and seed.
 
         Raises:
             UserError: it came from other data, counts, bucket or another seed.
@@ -159,18 +171,17 @@ class RoleLoader:
             known = self._orders[role] = epoch, order
         return known[1]
 
-    def _share(self, drawn_S: NDArray[np.int64]) -> NDArray[np.int64]:
-        """What this rank has of a step, in the order of the step."""
-        if self._world_size == 1:
-            return drawn_S
+    def _share(self, drawn_S: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """What this rank has of a step, part by part, each in the order of the step."""
+        count = self._world_size * self._parts
         lengths_S = self._lengths_E[drawn_S]
-        loads, mine = [0] * self._world_size, []
+        loads, shares = [0] * count, [list[int]() for _ in range(count)]
         for at in np.argsort(-lengths_S, kind="stable").tolist():
-            rank = loads.index(min(loads))
-            loads[rank] += int(lengths_S[at])
-            if rank == self._rank:
-                mine.append(at)
-        return drawn_S[sorted(mine)]
+            least = loads.index(min(loads))
+            loads[least] += int(lengths_S[at])
+            shares[least].append(at)
+        first = self._rank * self._parts
+        return [drawn_S[sorted(share)] for share in shares[first : first + self._parts]]
 
     def _digest(self) -> str:
         """What the batches are a function of, beside the step and the ranks."""
@@ -223,7 +234,7 @@ def _columns(examples: Sequence[Example]) -> tuple[NDArray[np.integer], NDArray[
     return np.array([ROLES.index(e.role) for e in examples]), np.array(lengths, np.int64)
 
 
-def _checked(per_step: Mapping[Role, int], world_size: int) -> dict[Role, int]:
+def _checked(per_step: Mapping[Role, int], world_size: int, parts: int) -> dict[Role, int]:
     """The counts that are not zero, in the order of `ROLES`."""
     for role, count in per_step.items():
         if role not in ROLES:
@@ -235,9 +246,10 @@ def _checked(per_step: Mapping[Role, int], world_size: int) -> dict[Role, int]:
     counts: dict[Role, int] = {role: per_step[role] for role in ROLES if per_step.get(role, 0)}
     if not counts:
         raise UserError("per_step: got no role with examples, expected at least one; set a count")
-    if (total := sum(counts.values())) < world_size:
+    if (total := sum(counts.values())) < world_size * parts:
+        each = f" of {parts} parts" if parts > 1 else ""
         raise UserError(
-            f"per_step: got {total} examples for {world_size} ranks, expected at least one for "
-            "each; raise a count, or use fewer ranks"
+            f"per_step: got {total} examples for {world_size} ranks{each}, expected at least one "
+            "for each; raise a count, or use fewer"
         )
     return counts

@@ -1,0 +1,104 @@
+"""The processes of a run: who this one is, and what they add up or wait for together.
+
+Started by ``torchrun``, which sets RANK, LOCAL_RANK, WORLD_SIZE and the address to meet at; without
+it a run is one process.
+"""
+
+import atexit
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from bidistill.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among those of the run."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes logs and results."""
+        return self.rank == 0
+
+    def sum(self, numbers: Sequence[float] | Tensor) -> Tensor:
+        """Add up what the ranks have, in fp64, so that counts are exact.
+
+        Args:
+            numbers: as many on every rank. Shape (N,).
+
+        Returns:
+            The same sums on every rank, on the CPU. Shape (N,).
+        """
+        given = torch.as_tensor(numbers, dtype=torch.float64)
+        if self.size == 1:
+            return given.cpu()
+        total = given.to(device(), copy=True)
+        dist.all_reduce(total)
+        return total.cpu()
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any rank; the answer is the same on all."""
+        return (self.size > 1 and self.sum([float(here)]).item() > 0) or here
+
+    @contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """Let the first rank run the block alone, then the others: it makes what they find.
+
+        If it fails there, the others are not kept waiting: they run the block and fail themselves.
+        """
+        if not self.first:
+            self.barrier()
+        try:
+            yield
+        finally:
+            if self.first:
+                self.barrier()
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def device() -> torch.device:
+    """This process's accelerator, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def join() -> World:
+    """Join the processes that ``torchrun`` started; alone if it did not start this one.
+
+    Raises:
+        UserError: the environment is not whole.
+    """
+    if dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size())
+    if "WORLD_SIZE" not in os.environ:
+        return World()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE: got it without {', '.join(missing)}, expected all of them; start the run "
+            "with torchrun"
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    atexit.register(_leave)
+    return World(dist.get_rank(), dist.get_world_size())
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
