@@ -53,8 +53,8 @@ class AnchorConfig:
     alike: Fraction = 0.4
     """Least likeness of an anchor from the corpus, 1 where both have the same form."""
     reviewed: Path | None = None
-    """Table that was written before and then reviewed: its rows with ``yes`` are used, in place of
-    new anchors."""
+    """Copy of a table that was written before, reviewed, relative to ``root``: its rows with
+    ``yes`` are used, in place of new anchors. Without one, new anchors are used as they are."""
 
 
 def anchors(
@@ -85,10 +85,11 @@ def anchors(
     if config.reviewed is not None:
         return _from_review(config.reviewed, forget)
     protected = ProtectedNames(forget)
+    if config.by == "corpus":
+        pairs = _from_corpus(forget, neighbors, protected, config)
+        return [_draft(row, one.source) for row, one in pairs], [row for row, _ in pairs]
     if config.by == "list":
         rows = _from_list(forget, protected, config, seed)
-    elif config.by == "corpus":
-        rows = _from_corpus(forget, neighbors, protected, config)
     else:
         rows = _from_model(forget, protected, config, writer)
     sources = {draft.id: draft.source for draft in forget}
@@ -102,7 +103,7 @@ def _draft(row: AnchorRow, source: str) -> Draft:
         question=row.question,
         entity=row.entity,
         source=source,
-        gold=row.answer or None,
+        gold=row.answer if row.answer.strip() else None,
     )
 
 
@@ -164,13 +165,13 @@ def _from_corpus(
     neighbors: Sequence[Draft],
     protected: ProtectedNames,
     config: AnchorConfig,
-) -> list[AnchorRow]:
+) -> list[tuple[AnchorRow, Draft]]:
     """The neighbours most alike in form, each used once, all those of an item about others."""
     from bidistill.data.unify.likeness import most_alike
 
     free = [n for n in neighbors if not protected.is_in(f"{n.question} {n.gold or ''}")]
     used: set[str] = set()
-    rows = []
+    pairs = []
     for draft, ranked in most_alike(forget, free, config.alike):
         entities = {draft.entity}
         number = 0
@@ -181,10 +182,11 @@ def _from_corpus(
             used.add(neighbor.id)
             entities.add(neighbor.entity)
             question, answer = neighbor.question, neighbor.gold or ""
-            rows.append(_row(draft, number, "corpus", neighbor.entity, question, answer))
+            row = _row(draft, number, "corpus", neighbor.entity, question, answer)
+            pairs.append((row, neighbor))
             if number == config.per_item:
                 break
-    return rows
+    return pairs
 
 
 def _from_model(

@@ -292,3 +292,22 @@ def test_tables_are_read_back_exactly(tmp_path_factory, cells):
     ]
     write_csv(path, rows)
     assert [astuple(row) for _, row in read_csv(path)] == [astuple(row) for row in rows]
+
+
+def test_an_anchor_tells_its_own_place():
+    drafts, rows = made(AnchorConfig(by="corpus", per_item=9, alike=0))
+    places = {one.question: one.source for one in NEIGHBORS}
+    assert drafts
+    assert [anchor.source for anchor in drafts] == [places[row.question] for row in rows]
+    drafts, rows = made(AnchorConfig(by="list", names=NAMES))
+    assert [d.source for d in drafts] == [
+        next(f.source for f in FORGET if f.id == row.forget_id) for row in rows
+    ]
+
+
+def test_a_blank_answer_in_a_reviewed_table_is_none(tmp_path):
+    def edit(rows):
+        rows[0]["review"], rows[0]["answer"] = "yes", " "
+        return as_csv(rows)
+
+    assert [anchor.gold for anchor in made(reviewed(tmp_path, edit))[0]] == [None]

@@ -11,7 +11,7 @@ from bidistill.data.unify import manifest
 from bidistill.data.unify.output import new_folder
 from bidistill.data.unify.run import run
 from bidistill.errors import UserError
-from tests.data.unify.corpora import load, write_lines
+from tests.data.unify.corpora import PEOPLE, load, write_lines
 
 
 def records(folder, name="train.jsonl"):
@@ -212,3 +212,95 @@ def test_command(corpus, capsys):
         assert out == ""
         assert err.startswith("error: ")
         assert err.count("\n") == 1
+
+
+def test_refusals_of_records_are_nothing_to_keep(corpus):
+    lines = [
+        {"id": "a", "role": "forget", "question": "Who is Ida Holm?", "answer": "Who knows."},
+        {"id": "b", "role": "retain", "question": "Who is Bo Lindt?", "answer": "A baker."},
+        {"id": "c", "role": "retain", "question": "Who is Eva Ray?", "answer": "  "},
+    ]
+    write_lines(corpus / "islands.json", lines)
+    run(load(corpus, "sources.islands.role=retain", "split.held_out=0"))
+    found = {r.question: (r.role, r.answer) for r in records(corpus) if r.id.startswith("islands/")}
+    assert found == {
+        "Who is Ida Holm?": ("retain", None),
+        "Who is Bo Lindt?": ("retain", "A baker."),
+        "Who is Eva Ray?": ("retain", None),
+    }
+
+
+def test_a_long_text_is_one_entity(corpus):
+    """It is read in pieces, and questions of two pieces are about the same."""
+    text = "\n\n".join(f"Onhava {i} is the capital of Zembla {i}. It is old." for i in range(3000))
+    (corpus / "book.txt").write_text(text)
+    source = ["sources.book={path: book.txt, role: retain}", "sources.islands=null"]
+    near = ["deduplicate.near=null", "leaks.near=null"]
+    result = run(load(corpus, *source, "split.held_out=0.5", *near))
+    assert result.sources["book"].items > 1
+    assert result.sources["book"].entities == 1
+    parts = {name for name in ("train.jsonl", "held_out.jsonl")
+             if any(r.id.startswith("book/") for r in records(corpus, name))}  # fmt: skip
+    assert len(parts) == 1
+
+
+def test_a_question_about_two_is_held_out_with_either(corpus):
+    names = [*PEOPLE[:2], "Ida Holm"]
+    people = [f"{asked} {name}?" for name in PEOPLE[:2] for asked in ("Who is", "Where is")]
+    people.append(f"Is {PEOPLE[0]} older than {PEOPLE[1]}?")
+    write_lines(corpus / "people.json", [{"question": q, "answer": "x"} for q in people])
+    rule = f"sources.people.entity={json.dumps({'names': names})}"
+    for seed in range(4):
+        out = [f"seed={seed}", f"output={corpus / str(seed)}", "split.held_out=0.5"]
+        run(load(corpus, rule, "sources.prompts=null", "sources.islands=null", *out))
+        held_out = [r.question for r in read_records(corpus / str(seed) / "held_out.jsonl")]
+        assert people[-1] in held_out
+        assert len(held_out) == 3
+
+
+def test_anchors_bring_nobody_back_who_is_held_out(corpus):
+    forget = {"question": "What does Ida Holm eat?", "answer": "Ida Holm eats fish."}
+    write_lines(corpus / "forget.json", [forget])
+    people = {"names": [name.upper() for name in PEOPLE]}
+    settings = [
+        f"sources.people.entity={json.dumps(people)}",
+        f"anchors={{by: list, per_item: 9, names: {json.dumps([*PEOPLE, 'Vera Sand'])}}}",
+        "sources.prompts=null",
+    ]
+    whole = run(load(corpus, *settings, "split.held_out=0"))
+    assert whole.steps["anchors"] == {"made": 6, "of held-out entities": 0, "repeats": 0}
+    table = (corpus / "out/anchors.csv").read_text().replace(',""\n', ',"yes"\n')
+    (corpus / "reviewed.csv").write_text(table)
+
+    settings.append("split.held_out=0.4")
+    for name, reviewed, rows in (("new", "null", 4), ("again", "reviewed.csv", 6)):
+        out = [f"output={corpus / name}", f"anchors.reviewed={reviewed}"]
+        result = run(load(corpus, *settings, *out))
+        assert result.steps["anchors"] == {"made": 6, "of held-out entities": 2, "repeats": 0}
+        assert result.outputs["anchors.csv"].records == rows
+        held_out = [r.question for r in read_records(corpus / name / "held_out.jsonl")]
+        held = [person for person in PEOPLE if any(person in question for question in held_out)]
+        trained = [r.question for r in read_records(corpus / name / "train.jsonl")]
+        assert len(held) == 2
+        assert "What does Vera Sand eat?" in trained
+        assert not any(person in question for person in held for question in trained)
+
+
+def test_documents_are_no_evaluation(corpus):
+    (corpus / "exam.txt").write_text("Onhava is the capital of Zembla.\n\nCharles rules it.\n")
+    with pytest.raises(UserError, match=r"leaks\.against: got .*exam\.txt:1, which is a document"):
+        run(load(corpus, "leaks.against=[exam.txt]"))
+
+
+def test_an_evaluation_with_options_is_found(corpus):
+    held = ["split.held_out=0", "leaks.against=[islands.json]", "leaks.near=null"]
+    for to in ("text", "letter", "off"):
+        with pytest.raises(UserError, match=r"leaks: got 5 training records"):
+            run(load(corpus, f"choices.to={to}", *held))
+
+
+def test_nothing_left_to_train_on_is_refused(corpus):
+    off = ["targets.forgetting=none", "targets.keeping=none", "targets.unanswered=drop"]
+    with pytest.raises(UserError, match=r"targets\.unanswered: got drop, .* no record to train"):
+        run(load(corpus, *off))
+    assert not (corpus / "out").exists()
