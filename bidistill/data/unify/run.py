@@ -208,4 +208,7 @@ def _other_files(recipe: Recipe) -> tuple[FileEntry, ...]:
     for path in dict.fromkeys(paths):
         size, digest = manifest.must_fingerprint(recipe.root / path)
         entries.append(FileEntry(path=path, bytes=size, sha256=digest))
+    for path in prefills.tokenizer_files(recipe.prefills):
+        size, digest = manifest.must_fingerprint(path.expanduser())
+        entries.append(FileEntry(path=str(path), bytes=size, sha256=digest))
     return tuple(entries)
