@@ -5,11 +5,13 @@ decide between refusing and answering. Each anchor is a row of a table that a pe
 """
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from bidistill.data.sources.rows import shown
 from bidistill.data.unify.drafts import Draft
 from bidistill.data.unify.parsing import read_pairs
 from bidistill.data.unify.protected import ProtectedNames, mentions, replace_name
@@ -54,7 +56,8 @@ class AnchorConfig:
     """Least likeness of an anchor from the corpus, 1 where both have the same form."""
     reviewed: Path | None = None
     """Copy of a table that was written before, reviewed, relative to ``root``: its rows with
-    ``yes`` are used, in place of new anchors. Without one, new anchors are used as they are."""
+    ``yes`` are used in place of new anchors, whatever ``by`` says. Without one, new anchors are
+    used as they are."""
 
 
 def anchors(
@@ -80,10 +83,10 @@ def anchors(
     Raises:
         UserError: what ``by`` needs is not given, or the reviewed table does not fit.
     """
-    if config.by == "off":
-        return [], []
     if config.reviewed is not None:
         return _from_review(config.reviewed, forget)
+    if config.by == "off":
+        return [], []
     protected = ProtectedNames(forget)
     if config.by == "corpus":
         pairs = _from_corpus(forget, neighbors, protected, config)
@@ -128,9 +131,15 @@ def _from_review(path: Path, forget: Sequence[Draft]) -> tuple[list[Draft], list
         draft = known.get(row.forget_id)
         if draft is None or draft.question != row.forget_question:
             raise UserError(
-                f"{path}:{line}: forget_id: got {row.forget_id!r} with the question "
+                f"{shown(path)}:{line}: forget_id: got {row.forget_id!r} with the question "
                 f"{row.forget_question[:60]!r}, which is no forget item of this run, expected "
                 "one; remove the row, or review the table that this recipe writes"
+            )
+        number = row.id.removeprefix(f"{row.forget_id}/anchor")
+        if number == row.id or not re.fullmatch("[1-9][0-9]*", number):
+            raise UserError(
+                f"{shown(path)}:{line}: id: got {row.id!r}, expected "
+                f"{row.forget_id + '/anchor'!r} with a number behind it; mend the id"
             )
     used = [_draft(row, f"{path.name}:{line}") for line, row in rows if row.review == "yes"]
     return used, [row for _, row in rows]

@@ -99,20 +99,7 @@ def unify(recipe: Recipe, writer: Writer | None) -> Unified:
     train, held_out = split(drafts, recipe.split, recipe.seed)
     steps["split"] = {"train": roles_of(train), "held_out": roles_of(held_out)}
 
-    made, rows = anchors.anchors(
-        _of("forget", train), _of("neighbor", train), recipe.anchors, recipe.seed, writer
-    )
-    free = _of_trained_entities(made, train, held_out, recipe)
-    if recipe.anchors.reviewed is None:  # a person's table stays whole
-        used = {draft.id for draft in free}
-        rows = [row for row in rows if row.id in used]
-    # an anchor from the corpus repeats a neighbour on purpose
-    new = free if recipe.anchors.by == "corpus" else _new(free, [*held_out, *train], recipe)
-    steps["anchors"] = {
-        "made": len(made),
-        "of held-out entities": len(made) - len(free),
-        "repeats": len(free) - len(new),
-    }
+    new, rows, steps["anchors"] = _anchors(train, held_out, recipe, writer)
     train, counts = targets.answer([*train, *new], recipe.targets, recipe.seed, writer)
     steps["targets"] = counts
     if recipe.targets.unanswered == "drop" and not train and counts.get("without an answer"):
@@ -149,6 +136,25 @@ def _repeats(dropped: Sequence[Dropped]) -> dict[str, Any]:
     counts = Counter(one.why for one in dropped)
     examples = [dataclasses.asdict(one) for one in dropped[:EXAMPLES]]
     return {"exact": counts["exact"], "near": counts["near"], "examples": examples}
+
+
+def _anchors(
+    train: Sequence[Draft], held_out: Sequence[Draft], recipe: Recipe, writer: Writer | None
+) -> tuple[list[Draft], list[anchors.AnchorRow], dict[str, int]]:
+    """Anchors that may be trained on, their table, and what became of those that were made."""
+    made, rows = anchors.anchors(
+        _of("forget", train), _of("neighbor", train), recipe.anchors, recipe.seed, writer
+    )
+    free = _of_trained_entities(made, train, held_out, recipe)
+    # an anchor from the corpus repeats a neighbour on purpose
+    meant = {row.id for row in rows if row.by == "corpus"}
+    fresh = {draft.id for draft in _new(free, [*held_out, *train], recipe)}
+    new = [draft for draft in free if draft.id in meant | fresh]
+    if recipe.anchors.reviewed is None:  # a person's table stays whole
+        used = {draft.id for draft in free}
+        rows = [row for row in rows if row.id in used]
+    counts = {"made": len(made), "of held-out entities": len(made) - len(free)}
+    return new, rows, {**counts, "repeats": len(free) - len(new)}
 
 
 def _of_trained_entities(
@@ -234,4 +240,7 @@ def _other_files(recipe: Recipe) -> tuple[FileEntry, ...]:
     for path in dict.fromkeys(paths):
         size, digest = manifest.must_fingerprint(recipe.root / path)
         entries.append(FileEntry(path=path, bytes=size, sha256=digest))
+    for path in prefills.tokenizer_files(recipe.prefills):
+        size, digest = manifest.must_fingerprint(path.expanduser())
+        entries.append(FileEntry(path=str(path), bytes=size, sha256=digest))
     return tuple(entries)

@@ -1,6 +1,8 @@
 """From files to the output folder, and no folder where something is wrong."""
 
 import json
+import subprocess
+import sys
 from hashlib import sha256
 
 import pytest
@@ -304,3 +306,91 @@ def test_nothing_left_to_train_on_is_refused(corpus):
     with pytest.raises(UserError, match=r"targets\.unanswered: got drop, .* no record to train"):
         run(load(corpus, *off))
     assert not (corpus / "out").exists()
+
+
+@pytest.mark.parametrize("name", [".", "", "..", "/", "a/.."])
+def test_output_without_a_name_is_refused(corpus, monkeypatch, name):
+    (corpus / "empty").mkdir()
+    monkeypatch.chdir(corpus / "empty")
+    recipe = load(corpus, f"output={json.dumps(name)}")
+    before = set(corpus.rglob("*"))
+    with pytest.raises(UserError, match=r"output: got '.*', which is no name .*choose another"):
+        run(recipe)
+    assert set(corpus.rglob("*")) == before
+
+
+@pytest.mark.parametrize("length", [245, 255])
+def test_output_may_have_any_name_that_the_system_takes(corpus, length):
+    name = "x" * length
+    run(load(corpus, f"output={corpus / name}"))
+    assert len(list((corpus / name).iterdir())) == 4
+    run(load(corpus, f"output={corpus / name}"), overwrite=True)
+    assert not [path for path in corpus.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", ["x" * 256, f"a.{'x' * 252}", "new\nline/" + "x" * 300])
+def test_output_with_too_long_a_name_is_one_line(corpus, name):
+    recipe = load(corpus, f"output={json.dumps(str(corpus / name))}")
+    before = set(corpus.rglob("*"))
+    with pytest.raises(UserError, match=r"output: got .*File name too long") as caught:
+        run(recipe)
+    assert "\n" not in str(caught.value)
+    assert set(corpus.rglob("*")) == before
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_output_that_is_a_link_stays_one(corpus, there):
+    (corpus / "disk").mkdir()
+    if there:
+        (corpus / "disk" / "target").mkdir()
+    (corpus / "out").symlink_to(corpus / "disk" / "target")
+    run(load(corpus))
+    run(load(corpus), overwrite=True)
+    assert (corpus / "out").is_symlink()
+    assert len(records(corpus)) == 26
+    for folder in (corpus, corpus / "disk"):
+        assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+FULL = """
+import resource, sys
+from bidistill.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+sys.exit(main(["unify", sys.argv[1], *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_full_disk_is_one_line_and_leaves_what_was_there(corpus, old):
+    recipe = load(corpus)
+    if old:
+        run(recipe)
+    before = {path: path.is_file() and path.read_bytes() for path in corpus.rglob("*")}
+    command = [sys.executable, "-c", FULL, str(corpus / "recipe.yaml"), "--overwrite"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: output: got {corpus / 'out'}, which cannot be written (")
+    assert done.stderr.count("\n") == 1
+    assert {path: path.is_file() and path.read_bytes() for path in corpus.rglob("*")} == before
+
+
+def test_reviewed_anchors_are_used_whatever_by_says(corpus):
+    names = ("anchors.by=list", "anchors.names=[Eva Lunt, Ivo Quill]")
+    run(load(corpus, *names))
+    table = (corpus / "out/anchors.csv").read_text().replace(',""\n', ',"yes"\n')
+    (corpus / "anchors.csv").write_text(table)
+    result = run(load(corpus, "anchors.reviewed=anchors.csv", f"output={corpus / 'off'}"))
+    assert result.recipe["anchors"]["by"] == "off"
+    assert result.steps["anchors"]["made"] == result.outputs["anchors.csv"].records > 0
+
+
+def test_reviewed_anchors_of_the_corpus_are_used_whatever_by_says(corpus):
+    first = load(corpus, "anchors={by: corpus, alike: 0}", "split.held_out=0")
+    made = run(first).steps["anchors"]
+    assert made["made"] > 0
+    table = (corpus / "out/anchors.csv").read_text().replace(',""\n', ',"yes"\n')
+    (corpus / "reviewed.csv").write_text(table)
+    for by in ("corpus", "off", "list"):
+        settings = [f"anchors={{by: {by}, reviewed: reviewed.csv}}", "split.held_out=0"]
+        result = run(load(corpus, *settings, f"output={corpus / by}"))
+        assert result.steps["anchors"] == made, by
