@@ -14,6 +14,10 @@ from pathlib import Path
 
 from bidistill.errors import UserError
 
+STEM = 32
+"""Characters of a name that a temporary name keeps: at most 128 of the 255 bytes that file systems
+allow, so that a name which fits does not fail for its temporary one."""
+
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
@@ -32,7 +36,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     _require_folder(path.parent)
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem[:STEM]}.{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)

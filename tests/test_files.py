@@ -101,3 +101,9 @@ def test_user_cache_follows_the_standard(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert user_cache() == tmp_path / ".cache" / "bidistill"
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "x" * 200 + ".json"])
+def test_long_names_have_short_temporary_ones(tmp_path, name):
+    write_text(tmp_path / name, "done")
+    assert os.listdir(tmp_path) == [name]

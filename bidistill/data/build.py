@@ -27,11 +27,11 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from bidistill.data.jsonl import read_objects
+from bidistill.data.jsonl import named, read_objects
 from bidistill.data.readers import read_records
 from bidistill.data.records import Record, Role
 from bidistill.data.store import FORMAT, Encoded, TokenStore, encode, is_whole, write_store
-from bidistill.data.views import Message, build_examples, context_names
+from bidistill.data.views import Message, build_examples, context_names, render
 from bidistill.errors import UserError
 from bidistill.files import atomic_path, user_cache
 from bidistill.progress import say, track
@@ -72,6 +72,10 @@ def build_store(
     the file. What is found is checked by sizes; set the environment variable
     ``BIDISTILL_VERIFY=1`` to compare checksums.
 
+    A chat template may say what day it is, as Llama 3's does; then the day is in the key too, and
+    another day makes another store, which a run of the day before does not go on with. Write a
+    date into the template to keep one.
+
     Args:
         path: JSON lines of records, each with an answer.
         tokenizer: see `bidistill.data.views.build_examples`, also for the next two.
@@ -98,9 +102,8 @@ def build_store(
         workers = 1 if lines <= FEW else len(os.sched_getaffinity(0))
     if lines > FEW:
         say(f"tokenising {path} once, into {target}")
-    if target.exists():
-        shutil.rmtree(target)
     try:
+        _remove(target)
         with atomic_path(target) as temporary:
             chunks = _encoded(_answered(path), job, workers)
             if lines > FEW:
@@ -121,6 +124,14 @@ def build_store(
     return TokenStore(target)
 
 
+def _remove(target: Path) -> None:
+    """Make room where a store belongs: nothing else lies under its key but what is damaged."""
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+    else:
+        target.unlink(missing_ok=True)
+
+
 def _content(path: Path) -> tuple[str, int]:
     """Checksum and number of lines of a file."""
     digest, lines = sha256(), 0
@@ -139,6 +150,8 @@ def _key(job: Job, content: str) -> str:
         "versions": [tokenizers.__version__, transformers.__version__],
         "tokenizer": _fingerprint(job.tokenizer),
         "contexts": contexts,
+        # what the template adds by itself, such as the date of today
+        "probe": render(job.tokenizer, [{"role": "user", "content": "Why?"}], "student"),
         "max_answer_tokens": job.max_answer_tokens,
         "records": content,
     }
@@ -160,9 +173,9 @@ def _answered(path: Path) -> Iterator[Record]:
         if record.answer is None or not record.answer.strip():
             lacking = 1 + sum(r.answer is None or not r.answer.strip() for r in records)
             raise UserError(
-                f"{path}: record '{record.id}': answer: got {record.answer!r} (so have {lacking} "
-                "records in all), expected text to distil; fill them in, let `bidistill unify` "
-                "write them with a model, or leave these records out"
+                f"{named(path)}: record {record.id!r}: answer: got {record.answer!r} (so have "
+                f"{lacking} records in all), expected text to distil; fill them in, let `bidistill "
+                "unify` write them with a model, or leave these records out"
             )
         yield record
 

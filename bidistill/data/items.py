@@ -23,6 +23,8 @@ class Item:
     """All options, the right one among them, in the order of the file."""
     text: str | None = None
     """A document that holds no question."""
+    piece: bool = False
+    """The file is one long document, and this is a part of it."""
     subject: str | None = None
     """Whom or what it is about, where the file says so."""
     label: str | None = None

@@ -1,11 +1,15 @@
 """JSON lines: one object a line, read strictly, with the number of the line for messages."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bidistill.errors import UserError
+
+LONGEST_NAME = 1000
+"""Characters of a name that a message shows."""
 
 
 def read_objects(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -19,7 +23,7 @@ def read_objects(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
             twice. The message is ``<file>:<line>: got ..., expected ...; ...``.
     """
     for number, line in _numbered_lines(Path(path)):
-        yield number, _parse(line, f"{path}:{number}")
+        yield number, _parse(line, f"{named(path)}:{number}")
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -28,7 +32,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
         file = path.open("rb")
     except OSError as error:
         raise UserError(
-            f"{path}: got '{error.strerror}', expected a file of JSON lines; check the path"
+            f"{named(path)}: got '{error.strerror}', expected a file of JSON lines; check the path"
         ) from error
     with file:
         for number, raw in enumerate(file, start=1):
@@ -36,7 +40,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"{path}:{number}: got byte 0x{raw[error.start]:02x} at column "
+                    f"{named(path)}:{number}: got byte 0x{raw[error.start]:02x} at column "
                     f"{error.start + 1}, expected UTF-8; save the file as UTF-8"
                 ) from error
             if line.strip():
@@ -47,11 +51,12 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     """The JSON object of one line, refusing a key that appears twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise UserError(f"{where}: {key}: got it twice, expected it once; remove one")
-        return dict(pairs)
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            key = next(key for key, count in counts.items() if count > 1)
+            raise UserError(f"{where}: {named(key)}: got it twice, expected it once; remove one")
+        return values
 
     try:
         value = json.loads(line, object_pairs_hook=unique)
@@ -65,6 +70,18 @@ def _parse(line: str, where: str) -> dict[str, Any]:
             '{"id": ...}'
         )
     return value
+
+
+def named(name: Path | str) -> str:
+    r"""Return a file or a key for a message of one line: quoted where it would take more.
+
+    Example:
+        >>> named("train.jsonl"), named("role\nid"), len(named("x" * 10_000))
+        ('train.jsonl', "'role\\nid'", 1003)
+    """
+    text = str(name)
+    text = text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}..."
+    return text if text.isprintable() else repr(text)
 
 
 def kind_of(value: object) -> str:

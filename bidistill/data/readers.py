@@ -6,7 +6,7 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
-from bidistill.data.jsonl import kind_of, read_objects
+from bidistill.data.jsonl import kind_of, named, read_objects
 from bidistill.data.records import ROLES, Record, nearest
 from bidistill.data.unique import HashSet
 from bidistill.errors import UserError
@@ -35,7 +35,7 @@ def read_records(path: Path | str) -> Iterator[Record]:
     """
     seen = HashSet()
     for number, values in read_objects(path):
-        where = f"{path}:{number}"
+        where = f"{named(path)}:{number}"
         record = _record(values, where)
         # two ids may share a hash, if hardly ever: then the lines so far are read once more
         if not seen.add(hash(record.id)) and (first := _first_line(path, record.id)) < number:
@@ -69,7 +69,7 @@ def _record(values: dict[str, Any], where: str) -> Record:
     for key in values:
         if key not in _FIELDS:
             raise UserError(
-                f"{where}: {key}: got an unknown field, expected fields of a record; "
+                f"{where}: {named(key)}: got an unknown field, expected fields of a record; "
                 f"{nearest(key, _FIELDS)}"
             )
     for key in _REQUIRED:

@@ -179,8 +179,7 @@ def is_whole(folder: Path, *, thorough: bool = False) -> bool:
     """
     header = _read_header(folder)
     return header is not None and (
-        not thorough
-        or all(file_sha256(folder / n) == note["sha256"] for n, note in header["files"].items())
+        not thorough or all(file_sha256(folder / n) == header["files"][n]["sha256"] for n in FILES)
     )
 
 
@@ -197,12 +196,16 @@ def _read_header(folder: Path) -> dict[str, Any] | None:
     """What the folder says of itself; None if it is missing, of another version or not whole."""
     try:
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-        sizes = [header["files"][name]["bytes"] for name in FILES]
+        notes, names = [header["files"][name] for name in FILES], header["contexts"]
+        sizes = [note["bytes"] for note in notes]
         whole = (
             (header["format"], header["byteorder"]) == (FORMAT, sys.byteorder)
             and sizes == [(folder / name).stat().st_size for name in FILES]
             and sizes[2] == 32 * (sizes[3] + 1)
-            and set(header["contexts"]) <= set(ROLES)
+            and all(isinstance(note["sha256"], str) for note in notes)
+            and isinstance(names, dict)
+            and set(names) <= set(ROLES)
+            and all(isinstance(name, str) for name in names.values())
         )
         return header if whole else None
     except (OSError, ValueError, KeyError, TypeError):  # missing or damaged

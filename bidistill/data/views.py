@@ -4,6 +4,7 @@ Both views end with the same answer, and its token ids are the same in both, so 
 view and row j of the other predict the same token, however long the prompts are.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -67,19 +68,23 @@ def build_examples(
 
     Raises:
         UserError: the tokenizer has no chat template or no end-of-sequence token, the template
-            refuses or drops a message of a context, a role is unknown, an answer is missing, or an
-            answer's tokens are not the same in both views.
+            refuses or drops a message of a context, a role is unknown, an answer is missing, a text
+            or a context holds chat markup, or an answer's tokens are not the same in both views.
     """
-    _check(tokenizer, contexts, max_answer_tokens)
+    markup = _markup(tokenizer)
+    _check(tokenizer, contexts, max_answer_tokens, markup)
     names = context_names(contexts)
     end = cast(int, tokenizer.eos_token_id)
     records = tuple(records)
     for record in records:
         if record.answer is None or not record.answer.strip():
             raise UserError(
-                f"record '{record.id}': answer: got {record.answer!r}, expected text to distil; "
+                f"record {record.id!r}: answer: got {record.answer!r}, expected text to distil; "
                 "fill it in, or leave the record out"
             )
+        for field in ("question", "prefill", "answer"):
+            if found := markup.search(getattr(record, field)):
+                raise _forged(f"record {record.id!r}: {field}", found)
     told = [record for record in records if contexts.get(record.role)]
     students = _views(records, tokenizer, {}, dict.fromkeys(ROLES, "student"))
     teachers = iter(_views(told, tokenizer, contexts, names))
@@ -89,7 +94,7 @@ def build_examples(
         teacher, teacher_ids = next(teachers) if contexts.get(record.role) else view
         if student_ids != teacher_ids:
             raise UserError(
-                f"record '{record.id}': answers that tokenise differently in the two views: got "
+                f"record {record.id!r}: answers that tokenise differently in the two views: got "
                 f"{teacher_ids} after the context, expected {student_ids} as without it; reword "
                 "the answer or the prefill"
             )
@@ -113,6 +118,7 @@ def _check(
     tokenizer: PreTrainedTokenizerBase,
     contexts: Mapping[Role, Sequence[Message]],
     max_answer_tokens: int | None,
+    markup: re.Pattern[str],
 ) -> None:
     """What can be refused before any record is read."""
     if tokenizer.chat_template is None:
@@ -134,7 +140,33 @@ def _check(
         if role not in ROLES:
             raise UserError(f"contexts: got role '{role}'; {nearest(role, ROLES)}")
         for index, message in enumerate(context):
-            _check_message(message, f"contexts.{role}[{index}]")
+            where = f"contexts.{role}[{index}]"
+            _check_message(message, where)
+            if found := markup.search(message["content"]):
+                raise _forged(f"{where}: content", found)
+
+
+def _markup(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches what the tokenizer would read as chat markup, wherever it stands.
+
+    That is every special token, and every other added one that the template writes. The rest are
+    no markup but words: spaces in a row, line breaks and tags of HTML in some vocabularies.
+    """
+    template = str(tokenizer.chat_template)
+    tokens = {str(token) for token in tokenizer.all_special_tokens}
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special or token.content in template:
+            tokens.add(token.content)
+    # the longest first, so that a message shows the whole of it; blank ones stand in any text
+    found = sorted((t for t in tokens if t.strip()), key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, found)) or "(?!)")
+
+
+def _forged(where: str, found: re.Match[str]) -> UserError:
+    return UserError(
+        f"{where}: got {found[0]!r} at character {found.start() + 1}, a token of the model's chat "
+        "markup, expected text without any, since it would end or begin a turn; take it out"
+    )
 
 
 def _check_message(message: Message, where: str) -> None:
@@ -145,7 +177,7 @@ def _check_message(message: Message, where: str) -> None:
         )
     if message["role"] not in MESSAGE_ROLES:
         raise UserError(
-            f"{where}: role: got '{message['role']}', expected the role of a chat message; "
+            f"{where}: role: got {message['role']!r}, expected the role of a chat message; "
             f"{nearest(message['role'], MESSAGE_ROLES)}"
         )
     if not message["content"].strip():
@@ -160,7 +192,7 @@ def _views(
 ) -> list[tuple[View, tuple[int, ...]]]:
     """The view of each record after its role's context, and the answer's tokens in it."""
     prompts = [
-        _render(
+        render(
             tokenizer,
             [*contexts.get(record.role, ()), {"role": "user", "content": record.question}],
             names[record.role],
@@ -177,7 +209,7 @@ def _views(
         answer_ids = ids[len(prompt_ids) :]
         if not answer_ids or ids[: len(prompt_ids)] != prompt_ids:
             raise UserError(
-                f"record '{record.id}': answer: got {record.answer!r}, whose start melts into a "
+                f"record {record.id!r}: answer: got {record.answer!r}, whose start melts into a "
                 f"token of the prompt before it ({prompt[-20:]!r}), expected a clean cut; move the "
                 "space between prefill and answer to the answer"
             )
@@ -185,8 +217,17 @@ def _views(
     return views
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str) -> str:
-    """The chat as text up to the assistant's turn, with every message in it."""
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str) -> str:
+    """Return the chat as text up to the assistant's turn, with every message in it.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: of the chat.
+        name: of the context, for messages of errors.
+
+    Raises:
+        UserError: the template refuses or drops one of the messages.
+    """
     try:
         text = str(
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from bidistill.data.items import Item
 from bidistill.data.readers import read_records
 from bidistill.data.records import ROLES, Record, Role
-from bidistill.diagnose.provenance import Source, place_of, sources_of
+from bidistill.diagnose.provenance import Source, manifest_of, place_of, sources_of
 from bidistill.diagnose.sampling import Lottery, Seen, ticket
 from bidistill.diagnose.statistics import CountTokens, TextStatistics
 from bidistill.errors import UserError
@@ -61,13 +61,17 @@ def read_corpus(
         count_tokens: says how many tokens a text has. None: words alone are counted.
 
     Raises:
-        UserError: a file cannot be read, or there is no record.
+        UserError: a file cannot be read or is not the one that was made, or there is no record.
     """
-    path = data / RECORDS if data.is_dir() else data
+    path, manifest = data, None
+    if data.is_dir():
+        path, manifest = data / RECORDS, manifest_of(data, RECORDS)
     roles = _read_records(path, samples, seed, count_tokens)
     if not roles:
         raise UserError(f"{path}: got no record, expected some; run bidistill unify again")
-    sources, remarks = sources_of(data) if data.is_dir() else ([], [f"{data} names no sources."])
+    sources, remarks = [], [f"{data} names no sources."]
+    if manifest is not None:
+        sources, remarks = sources_of(data, manifest)
     _read_items(sources, roles, samples, seed)
     _pair(path, roles, seed)
     for role, texts in roles.items():

@@ -1,15 +1,15 @@
 """Where the records of a unified folder come from, as its manifest says."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from bidistill.data.items import Item
 from bidistill.data.records import Record, Role
-from bidistill.data.sources import read_items
-from bidistill.data.sources.rows import shown
-from bidistill.data.unify.manifest import fingerprint, read
+from bidistill.data.sources import FORMATS, read_items
+from bidistill.data.sources.rows import brief, shown
+from bidistill.data.unify.manifest import MANIFEST, Manifest, check_output, fingerprint, read
 from bidistill.errors import UserError
 
 PASSAGE = ", passage "
@@ -51,36 +51,64 @@ def place_of(record: Record) -> str:
     return before if after.isdecimal() else record.source
 
 
-def sources_of(folder: Path) -> tuple[list[Source], list[str]]:
+def manifest_of(folder: Path, records: str) -> Manifest:
+    """Read the manifest of a folder, and check that its records are those that it tells of.
+
+    Args:
+        folder: made by ``bidistill unify``.
+        records: name of the file that is going to be read.
+
+    Raises:
+        UserError: there is no manifest, it is none of ours, or the file has changed since.
+    """
+    manifest = read(folder)
+    check_output(folder, records, manifest)
+    return manifest
+
+
+def sources_of(folder: Path, manifest: Manifest) -> tuple[list[Source], list[str]]:
     """The source files that are still there as they were.
 
     Args:
         folder: made by ``bidistill unify``; its paths are relative to where that command ran.
+        manifest: of the folder.
 
     Returns:
         The files, and a sentence for each that is missing.
 
     Raises:
-        UserError: there is no manifest, it is none of ours, or a file has changed since.
+        UserError: the manifest has no recipe of ours, or a file has changed since.
     """
-    manifest = read(folder)
     root = Path(str(manifest.recipe.get("root", ".")))
-    formats = {
-        name: source.get("format") for name, source in manifest.recipe.get("sources", {}).items()
-    }
+    formats = {name: _format(folder, manifest, name) for name in manifest.sources}
     sources, remarks = [], []
     for name, entry in manifest.sources.items():
         path = root / entry.path
         if not os.path.exists(path):
             remarks.append(
-                f"Source {name} is not at {path}, so its raw items are left out: run diagnose "
-                "where unify ran."
+                f"Source {shown(name)} is not at {shown(path)}, so its raw items are left out: "
+                "run diagnose where unify ran."
             )
         elif fingerprint(path, at_most=entry.bytes) != (entry.bytes, entry.sha256):
             raise UserError(
-                f"{path}: got other content than {folder} was made of, expected the same; restore "
-                "it, or run bidistill unify again"
+                f"{shown(path)}: got other content than {shown(folder)} was made of, expected the "
+                "same; restore it, or run bidistill unify again"
             )
         else:
-            sources.append(Source(root, entry.path, entry.role, formats.get(name)))
+            sources.append(Source(root, entry.path, entry.role, formats[name]))
     return sources, remarks
+
+
+def _format(folder: Path, manifest: Manifest, name: str) -> str | None:
+    """The format that the recipe gives a source: of a manifest, no more is sure than its layout."""
+    sources = manifest.recipe.get("sources")
+    source = sources.get(name) if isinstance(sources, Mapping) else None
+    format = source.get("format") if isinstance(source, Mapping) else ""
+    if format is None or (isinstance(format, str) and format in FORMATS):
+        return format
+    key = f"recipe.sources.{shown(name)}"
+    got = brief(format) if format else "no settings"
+    raise UserError(
+        f"{shown(folder / MANIFEST)}: {key}: got {got}, expected the source as a recipe has it; "
+        "make the folder again"
+    )

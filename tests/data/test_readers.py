@@ -1,6 +1,7 @@
 """Records survive a file unchanged; whatever else a file holds is refused with file and line."""
 
 import json
+import time
 import tracemalloc
 
 import pytest
@@ -61,6 +62,9 @@ BAD = {
     "unknown key": (line(anwser="x"), "anwser: got an unknown field, .*; did you mean 'answer'"),
     "far from any key": (line(zzz="x"), "zzz: .*; use one of: id, role, question, answer"),
     "key twice": ('{"id": "a", "id": "b"}', "id: got it twice, expected it once"),
+    "unknown key of two lines": (line(**{"ev\nil": "x"}), r"'ev\\nil': got an unknown field"),
+    "endless key": (line(**{"x" * 10_000: "x"}), r":3: x{1000}\.\.\.: got an unknown field"),
+    "key of two lines twice": ('{"a\\nb": 1, "a\\nb": 2}', r":3: 'a\\nb': got it twice"),
     "missing": (line(question=...), "question: got nothing, expected text; add the field"),
     "blank": (line(question=" \n"), r"question: got ' \\n', expected text; fill it in"),
     "number as id": (line(id=7), "id: got the number 7, expected text; put it in quotes"),
@@ -158,3 +162,24 @@ def test_failed_write_leaves_the_old_file(tmp_path):
 def test_nearest_prefers_the_closest():
     assert nearest("neighbour", ROLES) == "did you mean 'neighbor'?"
     assert nearest("", ROLES) == "use one of: forget, neighbor, retain, adversarial"
+
+
+def test_many_keys_take_no_longer_than_they_are(tmp_path):
+    path = tmp_path / "data.jsonl"
+    pairs = ", ".join(f'"k{n}": 1' for n in range(200_000))
+    path.write_text(f'{{"id": "a", {pairs}, "k199999": 2}}\n')
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=":1: k199999: got it twice"):
+        list(read_records(path))
+    # comparing each key with all takes minutes
+    assert time.perf_counter() - start < 20
+
+
+def test_a_path_of_two_lines_is_quoted(tmp_path):
+    path = tmp_path / "a\nb.jsonl"
+    with pytest.raises(UserError, match=r"a\\nb\.jsonl': got 'No such file") as caught:
+        list(read_records(path))
+    path.write_text("{}\n")
+    with pytest.raises(UserError, match=r"a\\nb\.jsonl':1: id: got nothing") as more:
+        list(read_records(path))
+    assert "\n" not in str(caught.value) + str(more.value)

@@ -5,12 +5,15 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import datetime
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
+from transformers.utils import chat_template_utils
 
 from bidistill.data import build
 from bidistill.data.build import build_store
@@ -193,12 +196,22 @@ def test_a_worker_that_dies_is_told(make, monkeypatch, tmp_path):
     assert list((tmp_path / "tokens").iterdir()) == []
 
 
+def change(folder, edit):
+    header = json.loads((folder / HEADER).read_text())
+    edit(header)
+    (folder / HEADER).write_text(json.dumps(header))
+
+
 DAMAGE = {
     "cut": lambda folder: (folder / FILES[0]).write_bytes(b"123"),
     "missing": lambda folder: (folder / FILES[2]).unlink(),
     "no header": lambda folder: (folder / HEADER).unlink(),
     "half a header": lambda folder: (folder / HEADER).write_text('{"format": 1'),
     "a list": lambda folder: (folder / HEADER).write_text("[]"),
+    "no checksum": lambda folder: change(folder, lambda h: h["files"][FILES[0]].pop("sha256")),
+    "odd checksum": lambda folder: change(folder, lambda h: h["files"][FILES[0]].update(sha256=1)),
+    "contexts are a list": lambda folder: change(folder, lambda h: h.update(contexts=["forget"])),
+    "odd context": lambda folder: change(folder, lambda h: h["contexts"].update(forget=[])),
     "older": lambda folder: (folder / HEADER).write_text('{"format": 0}'),
 }
 
@@ -225,6 +238,52 @@ def test_checksums_are_compared_on_request(make, tmp_path, monkeypatch):
     monkeypatch.setenv("BIDISTILL_VERIFY", "1")
     make()
     assert tokens.read_bytes() == before
+
+
+@pytest.mark.parametrize("verify", ["", "1"])
+def test_a_file_more_in_the_header_is_passed_over(make, tmp_path, monkeypatch, verify):
+    monkeypatch.setenv("BIDISTILL_VERIFY", verify)
+    wanted = list(map(plain, make()))
+    change(only(tmp_path / "tokens"), lambda h: h["files"].update({"more.bin": {"bytes": 1}}))
+    assert list(map(plain, make())) == wanted
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link"])
+def test_what_lies_where_a_store_belongs_gives_way(make, tmp_path, kind):
+    wanted = list(map(plain, make()))
+    folder = only(tmp_path / "tokens")
+    other = tmp_path / "other"
+    folder.rename(other)
+    if kind == "file":
+        folder.write_text("x")
+    else:
+        (other / HEADER).unlink()
+        folder.symlink_to(other if kind == "link" else tmp_path / "nowhere")
+    assert list(map(plain, make())) == wanted
+    assert folder.is_dir()
+    assert not folder.is_symlink()
+    assert other.exists()
+
+
+def test_a_template_that_says_what_day_it_is(make, make_tokenizer, monkeypatch, tmp_path):
+    template = make_tokenizer().chat_template.replace("Be kind.", "{{ strftime_now('%d %b') }}")
+    tokenizer = make_tokenizer(template=template)
+    prompts = []
+    for day in (1, 1, 2):
+        today = SimpleNamespace(now=lambda day=day: datetime(2030, 5, day))
+        monkeypatch.setattr(chat_template_utils, "datetime", today)
+        prompts.append(tokenizer.decode(make(tokenizer=tokenizer)[2].student.prompt_ids))
+    assert prompts[0] == prompts[1]
+    assert "01 May" in prompts[1]
+    assert "02 May" in prompts[2]
+    assert len(list((tmp_path / "tokens").iterdir())) == 2
+
+
+def test_messages_are_one_line_whatever_an_id_holds(make, path):
+    write_records(path, [replace(RECORDS[0], id="a\nb", answer=None)])
+    with pytest.raises(UserError, match=r"record 'a\\nb': answer: got None") as caught:
+        make()
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_answers_are_counted(make, path, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from bidistill.data.items import Item
 from bidistill.data.readers import read_records, write_records
 from bidistill.data.records import Record
-from bidistill.data.unify.recipe import load_recipe
+from bidistill.data.unify.recipe import hash_of, load_recipe
 from bidistill.data.unify.run import run as unify
 from bidistill.diagnose.corpus import raw_text, read_corpus
 from bidistill.errors import UserError
@@ -129,3 +129,46 @@ def test_a_folder_without_manifest(tmp_path):
     write_records(tmp_path / "train.jsonl", [Record(id="a", role="retain", question="Where?")])
     with pytest.raises(UserError, match=r"manifest\.json: cannot be read"):
         read_corpus(tmp_path, samples=10, seed=0)
+
+
+def test_records_that_were_changed(own):
+    with (own / "out" / "train.jsonl").open("a") as file:
+        file.write('{"id": "zz", "role": "forget", "question": "Added?", "answer": "x"}\n')
+    with pytest.raises(UserError, match=r"train\.jsonl: got other content than the manifest"):
+        read_corpus(own / "out", samples=100, seed=0)
+
+
+ODD = {
+    "no sources": lambda recipe: recipe.update(sources=None),
+    "list": lambda recipe: recipe.update(sources=[]),
+    "text": lambda recipe: recipe.update(sources="people"),
+    "no source": lambda recipe: recipe["sources"].update(people=None),
+    "source is a list": lambda recipe: recipe["sources"].update(people=["x"]),
+    "format is a list": lambda recipe: recipe["sources"]["people"].update(format=["x"]),
+    "format is a number": lambda recipe: recipe["sources"]["people"].update(format=0),
+    "no such format": lambda recipe: recipe["sources"]["people"].update(format="zzz\n"),
+}
+
+
+@pytest.mark.parametrize("edit", ODD.values(), ids=ODD)
+def test_a_recipe_from_elsewhere(own, edit):
+    path = own / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    edit(manifest["recipe"])
+    manifest["recipe_sha256"] = hash_of(manifest["recipe"])
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest\.json: recipe\.sources\.people: got ") as caught:
+        read_corpus(own / "out", samples=100, seed=0)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("root", [None, [], {}, 0, "\0", "x\ny"])
+def test_a_root_from_elsewhere(own, root):
+    path = own / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["recipe"]["root"] = root
+    manifest["recipe_sha256"] = hash_of(manifest["recipe"])
+    path.write_text(json.dumps(manifest))
+    remarks = read_corpus(own / "out", samples=100, seed=0).remarks
+    assert remarks[0].startswith("Source people is not at ")
+    assert remarks[0].isprintable()

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from bidistill.data.items import Item
 from bidistill.data.records import ROLES, Role, nearest
+from bidistill.data.sources.documents import PIECE_OF_FILE
 from bidistill.data.sources.rows import Row, brief
 
 Build = Callable[[Row], Item]
@@ -28,14 +29,15 @@ def qa(question: str, answer: str | None = None) -> Build:
         if answer is not None:
             several = isinstance(row.values.get(answer), list) or answer == "answers"
             right = row.texts(answer)[0] if several else row.optional(answer)
+            right = right if right and right.strip() else None
         return _item(row, question=row.text(question), answer=right)
 
     return build
 
 
 def text(name: str) -> Build:
-    """A document."""
-    return lambda row: _item(row, text=row.string(name))
+    """A document, or a piece of one."""
+    return lambda row: _item(row, text=row.string(name), piece=PIECE_OF_FILE in row.values)
 
 
 def parts(name: str, between: str) -> Build:
@@ -103,14 +105,17 @@ def instruction(row: Row) -> Item:
 
 
 def record(row: Row) -> Item:
-    """A record of this package."""
+    """A record of this package; a blank answer is none."""
     role = row.text("role")
     if role not in ROLES:
         raise row.refuse("role", brief(role), f"a known role; {nearest(role[:50], ROLES)}")
-    answer = None if row.values.get("answer") is None else row.string("answer")
     prefill = "" if row.values.get("prefill") is None else row.string("prefill")
     return _item(
-        row, question=row.text("question"), answer=answer, prefill=prefill, role=cast(Role, role)
+        row,
+        question=row.text("question"),
+        answer=row.optional("answer"),
+        prefill=prefill,
+        role=cast(Role, role),
     )
 
 

@@ -8,6 +8,10 @@ from bidistill.data.sources.lines import read_lines
 from bidistill.data.sources.rows import Row, shown
 from bidistill.errors import UserError
 
+PIECE_OF_FILE = "Piece"
+"""Named so in a row that is a part of the one document of its file. Fields of files are in lower
+case: none has this name."""
+
 
 def text_lines(path: Path) -> Iterator[Row]:
     """Read one entry a line; blank lines are skipped."""
@@ -44,10 +48,10 @@ def document(path: Path) -> Iterator[Row]:
         lines.append(line)
         size += len(line) + 1
         if size >= (4 * PIECE if line.strip() else PIECE):
-            yield _piece(lines, path, begin)
+            yield _piece(lines, path, begin, {PIECE_OF_FILE: True})
             lines, begin, size = [], number + 1, 0
-    yield _piece(lines, path, begin)
+    yield _piece(lines, path, begin, {PIECE_OF_FILE: True} if begin > 1 else {})
 
 
-def _piece(lines: list[str], path: Path, begin: int) -> Row:
-    return Row(f"{shown(path)}:{begin}", {"text": "\n".join(lines).strip()})
+def _piece(lines: list[str], path: Path, begin: int, mark: dict[str, object]) -> Row:
+    return Row(f"{shown(path)}:{begin}", {"text": "\n".join(lines).strip(), **mark})

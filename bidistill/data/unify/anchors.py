@@ -5,11 +5,13 @@ decide between refusing and answering. Each anchor is a row of a table that a pe
 """
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from bidistill.data.sources.rows import shown
 from bidistill.data.unify.drafts import Draft
 from bidistill.data.unify.parsing import read_pairs
 from bidistill.data.unify.protected import ProtectedNames, mentions, replace_name
@@ -53,8 +55,9 @@ class AnchorConfig:
     alike: Fraction = 0.4
     """Least likeness of an anchor from the corpus, 1 where both have the same form."""
     reviewed: Path | None = None
-    """Table that was written before and then reviewed: its rows with ``yes`` are used, in place of
-    new anchors."""
+    """Copy of a table that was written before, reviewed, relative to ``root``: its rows with
+    ``yes`` are used in place of new anchors, whatever ``by`` says. Without one, new anchors are
+    used as they are."""
 
 
 def anchors(
@@ -80,15 +83,16 @@ def anchors(
     Raises:
         UserError: what ``by`` needs is not given, or the reviewed table does not fit.
     """
-    if config.by == "off":
-        return [], []
     if config.reviewed is not None:
         return _from_review(config.reviewed, forget)
+    if config.by == "off":
+        return [], []
     protected = ProtectedNames(forget)
+    if config.by == "corpus":
+        pairs = _from_corpus(forget, neighbors, protected, config)
+        return [_draft(row, one.source) for row, one in pairs], [row for row, _ in pairs]
     if config.by == "list":
         rows = _from_list(forget, protected, config, seed)
-    elif config.by == "corpus":
-        rows = _from_corpus(forget, neighbors, protected, config)
     else:
         rows = _from_model(forget, protected, config, writer)
     sources = {draft.id: draft.source for draft in forget}
@@ -102,7 +106,7 @@ def _draft(row: AnchorRow, source: str) -> Draft:
         question=row.question,
         entity=row.entity,
         source=source,
-        gold=row.answer or None,
+        gold=row.answer if row.answer.strip() else None,
     )
 
 
@@ -127,9 +131,15 @@ def _from_review(path: Path, forget: Sequence[Draft]) -> tuple[list[Draft], list
         draft = known.get(row.forget_id)
         if draft is None or draft.question != row.forget_question:
             raise UserError(
-                f"{path}:{line}: forget_id: got {row.forget_id!r} with the question "
+                f"{shown(path)}:{line}: forget_id: got {row.forget_id!r} with the question "
                 f"{row.forget_question[:60]!r}, which is no forget item of this run, expected "
                 "one; remove the row, or review the table that this recipe writes"
+            )
+        number = row.id.removeprefix(f"{row.forget_id}/anchor")
+        if number == row.id or not re.fullmatch("[1-9][0-9]*", number):
+            raise UserError(
+                f"{shown(path)}:{line}: id: got {row.id!r}, expected "
+                f"{row.forget_id + '/anchor'!r} with a number behind it; mend the id"
             )
     used = [_draft(row, f"{path.name}:{line}") for line, row in rows if row.review == "yes"]
     return used, [row for _, row in rows]
@@ -164,13 +174,13 @@ def _from_corpus(
     neighbors: Sequence[Draft],
     protected: ProtectedNames,
     config: AnchorConfig,
-) -> list[AnchorRow]:
+) -> list[tuple[AnchorRow, Draft]]:
     """The neighbours most alike in form, each used once, all those of an item about others."""
     from bidistill.data.unify.likeness import most_alike
 
     free = [n for n in neighbors if not protected.is_in(f"{n.question} {n.gold or ''}")]
     used: set[str] = set()
-    rows = []
+    pairs = []
     for draft, ranked in most_alike(forget, free, config.alike):
         entities = {draft.entity}
         number = 0
@@ -181,10 +191,11 @@ def _from_corpus(
             used.add(neighbor.id)
             entities.add(neighbor.entity)
             question, answer = neighbor.question, neighbor.gold or ""
-            rows.append(_row(draft, number, "corpus", neighbor.entity, question, answer))
+            row = _row(draft, number, "corpus", neighbor.entity, question, answer)
+            pairs.append((row, neighbor))
             if number == config.per_item:
                 break
-    return rows
+    return pairs
 
 
 def _from_model(

@@ -35,6 +35,8 @@ _NAMES_OPTIONS = re.compile(
     re.IGNORECASE,
 )
 
+_OPTION = re.compile(r"\n([A-Z])\. ")
+
 
 def plain(items: Iterable[Item], config: ChoicesConfig) -> list[Item]:
     """Return the items without options; those that have none pass unchanged.
@@ -81,6 +83,33 @@ def _listed(item: Item) -> str:
     """
     options = zip(ascii_uppercase, item.choices, strict=False)
     return "\n".join([item.question or "", *(f"{letter}. {text}" for letter, text in options)])
+
+
+def unlisted(question: str, answer: str | None) -> tuple[str, str | None] | None:
+    r"""Take the options out of a question again.
+
+    Args:
+        question: as :func:`plain` writes it, or a file that lists options in the same way.
+        answer: a letter, or the right option in words.
+
+    Returns:
+        The question alone and the right option in words; None where no options are listed.
+
+    Example:
+        >>> unlisted("Where?\nA. Ur\nB. Kish", "B"), unlisted("Where?", "Kish")
+        (('Where?', 'Kish'), None)
+    """
+    found: list[re.Match[str]] = []
+    for match in _OPTION.finditer(question):
+        if match[1] == "A":  # a question may have a list of its own: the last one counts
+            found = [match]
+        elif found and match[1] == ascii_uppercase[len(found) % 26]:
+            found.append(match)
+    if len(found) < 2:
+        return None
+    ends = [*(match.start() for match in found[1:]), len(question)]
+    options = {m[1]: question[m.end() : end] for m, end in zip(found, ends, strict=True)}
+    return question[: found[0].start()], options.get(answer or "", answer)
 
 
 def _check(item: Item) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from bidistill.data.records import FORGETTING
 from bidistill.data.unify.drafts import Draft
 from bidistill.data.unify.near import Near, normalise, signatures
 from bidistill.settings import STRICT
@@ -39,8 +40,9 @@ def deduplicate(
 ) -> tuple[list[Draft], list[Dropped]]:
     """Keep one draft of each question.
 
-    Drafts to forget come before others, since a fact cannot be forgotten and kept; otherwise the
-    earlier one stays. Two drafts of one question whose prefills differ are no repeats.
+    Forget drafts come before adversarial ones and both before others, since a fact cannot be
+    forgotten and kept; otherwise the earlier one stays. Two drafts of one question whose prefills
+    differ are no repeats, unless one is to be forgotten and the other to be kept.
 
     Args:
         drafts: in the order of their sources.
@@ -50,7 +52,7 @@ def deduplicate(
     Returns:
         The drafts that stay, in their order, and those dropped, each with the one that it repeats.
     """
-    ranked = sorted(drafts, key=lambda draft: draft.role != "forget")  # sorting keeps the order
+    ranked = sorted(drafts, key=_rank)  # sorting keeps the order
     dropped: list[Dropped] = []
     if config.exact:
         ranked = _without_exact(ranked, dropped)
@@ -60,11 +62,27 @@ def deduplicate(
     return [draft for draft in drafts if draft.id not in gone], dropped
 
 
+def text_of(question: str, prefill: str, answer: str | None) -> str:
+    """What a question is compared by where near ones are looked for."""
+    return " ".join((question, prefill, answer or ""))
+
+
+def _rank(draft: Draft) -> tuple[bool, bool]:
+    """What comes first stays."""
+    return draft.role not in FORGETTING, draft.role != "forget"
+
+
 def _without_exact(drafts: Sequence[Draft], dropped: list[Dropped]) -> list[Draft]:
     """The first draft of each question and prefill; the others are added to `dropped`."""
     first: dict[tuple[str, str], Draft] = {}
+    forgotten: dict[str, Draft] = {}  # by question: no prefill makes a fact another one
     for draft in drafts:
-        twin = first.setdefault((normalise(draft.question), normalise(draft.prefill)), draft)
+        question, prefill = normalise(draft.question), normalise(draft.prefill)
+        if draft.role in FORGETTING:
+            forgotten.setdefault(question, draft)
+            twin = first.setdefault((question, prefill), draft)
+        else:
+            twin = forgotten.get(question) or first.setdefault((question, prefill), draft)
         if twin is not draft:
             dropped.append(Dropped(id=draft.id, twin=twin.id, why="exact"))
     return list(first.values())
@@ -72,7 +90,7 @@ def _without_exact(drafts: Sequence[Draft], dropped: list[Dropped]) -> list[Draf
 
 def _find_near(drafts: Sequence[Draft], least: float, workers: int, dropped: list[Dropped]) -> None:
     """Add to `dropped` what is near to an earlier draft that stays."""
-    texts = [" ".join((draft.question, draft.prefill, draft.gold or "")) for draft in drafts]
+    texts = [text_of(draft.question, draft.prefill, draft.gold) for draft in drafts]
     near, kept = Near(least), []
     for draft, text, signature in zip(drafts, texts, signatures(texts, workers), strict=True):
         number = near.first(text, signature)

@@ -21,6 +21,8 @@ class Draft:
     question: str
     entity: str
     """Whom it is about; the split never parts the drafts of one entity."""
+    others: tuple[str, ...] = ()
+    """Other entities that the question names; it is held out with any of them."""
     source: str
     """``<file>:<line>`` it was read from."""
     gold: str | None = None

@@ -5,7 +5,7 @@ says something about the second. How a file tells its entities apart is for the 
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
@@ -47,7 +47,8 @@ class EntityConfig:
     pattern: Annotated[str, AfterValidator(_check_pattern)] | None = None
     """What the one group of this regular expression finds in the question."""
     names: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    """The one of these names that the question contains; failing that, its answer or text."""
+    """The one of these names that the question contains; failing that, its answer or text. A
+    question that contains several is held out with any of them."""
     names_from: str | None = None
     """The same, with the names in a file, relative to ``root``, one a line."""
 
@@ -66,7 +67,8 @@ def grouping(config: EntityConfig | None, name: str, root: Path) -> Grouping:
     source, so that one held out of the first is held out of the second.
 
     Args:
-        config: the rule; with None every item is an entity of its own.
+        config: the rule; with None every item is an entity of its own, but the pieces of one long
+            document are one.
         name: of the source.
         root: folder that file names are relative to.
 
@@ -75,7 +77,7 @@ def grouping(config: EntityConfig | None, name: str, root: Path) -> Grouping:
             whose field is empty.
     """
     if config is None:
-        return lambda number, item: f"{name}/{number + 1}"
+        return lambda number, item: f"{name}/{1 if item.piece else number + 1}"
     if config.rows is not None:
         rows = config.rows
         return lambda number, item: f"{name}/rows/{number // rows + 1}"
@@ -85,7 +87,7 @@ def grouping(config: EntityConfig | None, name: str, root: Path) -> Grouping:
     if config.pattern is not None:
         search = re.compile(config.pattern).search
         return lambda number, item: _found(search(item.question or item.text or ""))
-    return _by_name(config.names or _read_names(root / (config.names_from or "")))
+    return ByName(config.names or _read_names(root / (config.names_from or "")))
 
 
 def _of_field(item: Item, field: str) -> str:
@@ -110,24 +112,35 @@ def _read_names(path: Path) -> tuple[str, ...]:
     return names
 
 
-def _by_name(names: Sequence[str]) -> Grouping:
-    """Look for whole words, longer names before shorter ones, whatever their case."""
-    known = {_words(name) for name in names}
-    lengths = sorted({len(words) for words in known}, reverse=True)
+class ByName:
+    """Look for whole words, longer names before shorter ones, whatever their case.
 
-    def search(text: str) -> str | None:
-        words = _words(text)
-        for length in lengths:
-            for at in range(len(words) - length + 1):
-                if words[at : at + length] in known:
-                    return " ".join(words[at : at + length])
-        return None
+    Example:
+        >>> by_name = ByName(["Ana", "Ana Ruiz", "Bo Lindt"])
+        >>> list(by_name.found("Is Bo Lindt older than Ana Ruiz?"))
+        ['bo lindt', 'ana ruiz']
+    """
 
-    def entity(number: int, item: Item) -> str | None:
+    def __init__(self, names: Sequence[str]) -> None:
+        """Args: names: of the entities."""
+        self._known = {_words(name) for name in names}
+        self._lengths = sorted({len(words) for words in self._known}, reverse=True)
+
+    def __call__(self, number: int, item: Item) -> str | None:
+        """Return the first name in the question; failing that, in the answer or text."""
         texts = (item.question, item.answer, item.text)
-        return next((found for text in texts if text and (found := search(text))), None)
+        return next((name for text in texts if text for name in self.found(text)), None)
 
-    return entity
+    def found(self, text: str) -> Iterator[str]:
+        """Yield the names in a text; what is part of a longer one is no name of its own."""
+        words = _words(text)
+        taken: set[int] = set()
+        for length in self._lengths:
+            for at in range(len(words) - length + 1):
+                place = range(at, at + length)
+                if words[at : at + length] in self._known and taken.isdisjoint(place):
+                    taken.update(place)
+                    yield " ".join(words[at : at + length])
 
 
 def _words(text: str) -> tuple[str, ...]:

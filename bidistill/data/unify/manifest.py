@@ -8,21 +8,27 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from bidistill.data.records import Role
+from bidistill.data.readers import read_records
+from bidistill.data.records import ROLES, Record, Role
 from bidistill.data.sources.rows import shown
 from bidistill.data.unify.recipe import hash_of
+from bidistill.data.unify.review import read_csv
 from bidistill.errors import UserError
 from bidistill.files import write_json
 from bidistill.settings import STRICT, Count, check, plain
 
 MANIFEST = "manifest.json"
+RECORDS = ("train.jsonl", "held_out.jsonl", "gold.jsonl")
+"""Files of records that every folder has."""
+ANCHORS = "anchors.csv"
 LARGEST = 64 * 2**20
 """Bytes of a manifest that are read; a longer one is none of ours."""
 MOST_FILES = 10_000
@@ -124,75 +130,105 @@ def read(folder: Path) -> Manifest:
         UserError: there is none, or it is not one; names the file and line or key.
     """
     path = folder / MANIFEST
+    where = shown(path)
     text = _read_text(path)
     try:
         raw = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path}:{error.lineno}: got text that is not JSON ({error.msg}), expected a manifest; "
-            "make the folder again"
+            f"{where}:{error.lineno}: got text that is not JSON ({error.msg}), expected a "
+            "manifest; make the folder again"
         ) from None
     except (ValueError, RecursionError):  # numbers of thousands of digits, nested lists
         raise UserError(
-            f"{path}: got JSON beyond all measure, expected a manifest; make the folder again"
+            f"{where}: got JSON beyond all measure, expected a manifest; make the folder again"
         ) from None
     try:
         manifest = check(Manifest, raw)
         same = hash_of(manifest.recipe) == manifest.recipe_sha256
     except (UserError, RecursionError) as error:
-        raise UserError(f"{path}: {error}; make the folder again") from None
+        raise UserError(f"{where}: {error}; make the folder again") from None
     if not same:
         raise UserError(
-            f"{path}: recipe: got another one than recipe_sha256 was made of, expected the recipe "
+            f"{where}: recipe: got another one than recipe_sha256 was made of, expected the recipe "
             "of the run; make the folder again"
         )
     return manifest
 
 
 def _read_text(path: Path) -> str:
+    where = shown(path)
     try:
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST:
             raise UserError(
-                f"{path}: got something else than a file of at most {LARGEST} bytes, expected a "
+                f"{where}: got something else than a file of at most {LARGEST} bytes, expected a "
                 "manifest; make the folder again"
             )
         return path.read_bytes().decode("utf-8")
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read: {error.strerror}; give a folder that bidistill unify made"
+            f"{where}: cannot be read: {error.strerror}; give a folder that bidistill unify made"
         ) from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(
-            f"{path}:{line}: got bytes that are not UTF-8, expected a manifest; make the folder "
+            f"{where}:{line}: got bytes that are not UTF-8, expected a manifest; make the folder "
             "again"
         ) from None
 
 
 def verify(folder: Path) -> Iterator[str]:
-    """Check that the files of a folder are those its manifest tells of.
+    """Check that a folder holds the files its manifest tells of, with what it tells of them.
 
     Sources are compared where they are still found from here, inside of the recipe's root.
 
     Yields:
-        A line for each file: what was checked.
+        A line for each file: what was checked; and one more if no source could be.
 
     Raises:
-        UserError: a file of the folder, or a source, is missing its bytes or has others.
+        UserError: a file of the folder is missing, has other content or other records, or is one
+            too many; or a source has changed.
     """
     manifest = read(folder)
+    _check_names(folder, manifest, RECORDS)
+    _check_alone(folder, manifest)
     for name, entry in manifest.outputs.items():
-        _check_output(folder, name, manifest)
+        check_output(folder, name, manifest)
+        _check_records(folder / name, entry)
         yield f"{name}: {entry.records} records, as written"
     root = Path(str(manifest.recipe.get("root", ".")))
-    files = [(f"source {name}", one) for name, one in manifest.sources.items()]
-    for label, entry in [*files, *(("read", one) for one in manifest.other_files)]:
-        inside = not Path(entry.path).is_absolute() and ".." not in Path(entry.path).parts
-        found = inside and os.path.exists(root / entry.path)
-        if found:
-            _compare(root / entry.path, entry.bytes, entry.sha256)
-        yield shown(f"{label} ({entry.path}): {'unchanged' if found else 'not found, not checked'}")
+    states: set[str] = set()
+    for name, entry in manifest.sources.items():
+        state = _state(entry, root)
+        states.add(state)
+        yield shown(f"source {name} ({entry.path}): {state}")
+    for entry in manifest.other_files:
+        # a tokenizer is looked for as a model is: from where the command runs
+        base = Path() if _of_tokenizer(entry, manifest) else root
+        yield shown(f"read ({entry.path}): {_state(entry, base)}")
+    if _UNCHANGED not in states:
+        yield "no source could be checked: run this where unify ran to compare them"
+
+
+def _state(entry: FileEntry | SourceEntry, root: Path) -> str:
+    """What can be said from here about a file that was read."""
+    path = Path(entry.path)
+    if path.is_absolute() or ".." in path.parts:
+        return "outside of root, not checked"
+    if not os.path.exists(root / path):
+        return "not found, not checked"
+    _compare(root / path, entry.bytes, entry.sha256)
+    return _UNCHANGED
+
+
+_UNCHANGED = "unchanged"
+
+
+def _of_tokenizer(entry: FileEntry, manifest: Manifest) -> bool:
+    prefills = manifest.recipe.get("prefills")
+    folder = prefills.get("tokenizer") if isinstance(prefills, dict) else None
+    return isinstance(folder, str) and Path(folder) in Path(entry.path).parents
 
 
 def untouched(folder: Path) -> bool:
@@ -200,25 +236,97 @@ def untouched(folder: Path) -> bool:
     try:
         manifest = read(folder)
         for name in manifest.outputs:
-            _check_output(folder, name, manifest)
+            check_output(folder, name, manifest)
     except UserError:
         return False
-    return {path.name for path in folder.iterdir()} == {MANIFEST, *manifest.outputs}
+    return _names(folder) == {MANIFEST, *manifest.outputs}
 
 
-def _check_output(folder: Path, name: str, manifest: Manifest) -> None:
-    """A link is none of ours: what it leads to may change, or be somebody else's."""
+def check_output(folder: Path, name: str, manifest: Manifest) -> None:
+    """Check that a file of the folder is the one its manifest tells of.
+
+    A link is none of ours: what it leads to may change, or be somebody else's.
+
+    Args:
+        folder: with the file.
+        name: of the file.
+        manifest: of the folder.
+
+    Raises:
+        UserError: the manifest tells of no such file, or of another one.
+    """
+    _check_names(folder, manifest, [name])
     path, entry = folder / name, manifest.outputs[name]
     if path.is_symlink():
-        raise UserError(f"{path}: got a link, expected the file itself; make the folder again")
+        raise UserError(
+            f"{shown(path)}: got a link, expected the file itself; make the folder again"
+        )
     _compare(path, entry.bytes, entry.sha256)
 
 
-def _compare(path: Path, size: int, digest: str) -> None:
-    if fingerprint(path, at_most=size) != (size, digest):
+def _check_names(folder: Path, manifest: Manifest, required: Sequence[str]) -> None:
+    """The manifest tells of the files that are required, and of none that we do not make."""
+    known = (*RECORDS, ANCHORS)
+    missing = [name for name in required if name not in manifest.outputs]
+    if missing or (odd := sorted(set(manifest.outputs) - set(known))):
+        got = f"no {missing[0]}" if missing else odd[0]
         raise UserError(
-            f"{path}: got other content than the manifest tells of, expected {size} bytes with "
-            f"SHA-256 {digest[:12]}...; restore the file, or make the folder again"
+            f"{shown(folder / MANIFEST)}: outputs: got {got}, expected {', '.join(RECORDS)} and "
+            f"perhaps {ANCHORS}; make the folder again"
+        )
+
+
+def _check_alone(folder: Path, manifest: Manifest) -> None:
+    """The folder holds no other files."""
+    if more := sorted(_names(folder) - {MANIFEST, *manifest.outputs}):
+        raise UserError(
+            f"{shown(folder / more[0])}: got a file that the manifest does not tell of (one of "
+            f"{len(more)}), expected none; move it away, or make the folder again"
+        )
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def _check_records(path: Path, entry: OutputEntry) -> None:
+    """Count again: the manifest may have been changed and not the file."""
+    records: Iterable[Record] = () if path.name == ANCHORS else read_records(path)
+    roles, without = Counter[Role](), Counter[Role]()
+    for record in records:
+        roles[record.role] += 1
+        without[record.role] += record.answer is None
+    count = len(read_csv(path)) if path.name == ANCHORS else roles.total()
+    told = (entry.records, _present(entry.roles), _present(entry.without_answer))
+    found = (count, _present(roles), _present(without))
+    if found != told:
+        raise UserError(
+            f"{shown(path)}: got {_in_words(*found)}, expected {_in_words(*told)} as the manifest "
+            "tells; make the folder again"
+        )
+
+
+def _present(counts: dict[Role, int]) -> dict[Role, int]:
+    return {role: counts[role] for role in ROLES if counts.get(role)}
+
+
+def _in_words(records: int, roles: dict[Role, int], without: dict[Role, int]) -> str:
+    parts = [f"{role} {count}" for role, count in roles.items()]
+    parts += [f"{role} without answer {count}" for role, count in without.items()]
+    return f"{records} records ({', '.join(parts) or 'no roles'})"
+
+
+def _compare(path: Path, size: int, digest: str) -> None:
+    try:
+        found = fingerprint(path, at_most=size)
+    except OSError as error:
+        raise UserError(
+            f"{shown(path)}: cannot be read: {error.strerror}; allow it, or make the folder again"
+        ) from None
+    if found != (size, digest):
+        raise UserError(
+            f"{shown(path)}: got other content than the manifest tells of, expected {size} bytes "
+            f"with SHA-256 {digest[:12]}...; restore the file, or make the folder again"
         )
 
 
@@ -260,8 +368,8 @@ def must_fingerprint(path: Path) -> tuple[int, str]:
     found = fingerprint(path)
     if found is None:
         raise UserError(
-            f"{path}: got nothing to take a checksum of, expected a file, or a folder without "
-            "links; copy the data there"
+            f"{shown(path)}: got nothing to take a checksum of, expected a file, or a folder "
+            "without links; copy the data there"
         )
     return found
 

@@ -4,6 +4,7 @@ A forget item becomes an adversarial one: same question, an answer that has begu
 refusal that is to follow all the same.
 """
 
+import math
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -32,6 +33,20 @@ OPENERS = (
     "Yes, I know this one:",
 )
 
+_DRAWS = 16
+"""Times the number of texts that can be drawn: with more draws hardly one is found that was not."""
+_TOKENIZER_FILES = (
+    "config.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "*.tiktoken",
+)
+"""Files of a folder that decide how text is cut; weights and chat templates do not."""
+
 Cut = Callable[[str], list[str]]
 """From a text to its starts of 1, 2, ... tokens; empty where a token ends within a letter."""
 
@@ -54,7 +69,8 @@ class PrefillConfig:
     openers: Texts = OPENERS
     """Sentences, or a file of them."""
     tokenizer: Path | None = None
-    """Folder of the tokenizer that counts tokens; ``null`` counts words."""
+    """Folder of the tokenizer that counts tokens, seen from where the command runs as a model's is;
+    ``null`` counts words."""
 
 
 def adversarial(forget: Sequence[Draft], config: PrefillConfig, seed: int) -> list[Draft]:
@@ -79,6 +95,11 @@ def adversarial(forget: Sequence[Draft], config: PrefillConfig, seed: int) -> li
             "prefills.kinds: got weights that are all zero, expected one above; "
             "or set prefills.per_item to 0"
         )
+    if not math.isfinite(sum(config.kinds.values())):
+        raise UserError(
+            "prefills.kinds: got weights that add up to infinity, expected a finite sum; write "
+            "smaller ones"
+        )
     openers = read_texts(config.openers, "prefills.openers")
     cut = _words if config.tokenizer is None else _tokens(config.tokenizer)
     return [
@@ -87,6 +108,15 @@ def adversarial(forget: Sequence[Draft], config: PrefillConfig, seed: int) -> li
         if not draft.prefill
         for made in _attacks(draft, config, openers, cut, seed)
     ]
+
+
+def tokenizer_files(config: PrefillConfig) -> list[Path]:
+    """Files of the tokenizer that prefills are cut by; none where words count, or none is made."""
+    if config.tokenizer is None or not config.per_item:
+        return []
+    folder = config.tokenizer.expanduser()
+    found = {path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)}
+    return [config.tokenizer / path.name for path in sorted(found) if path.is_file()]
 
 
 def _attacks(
@@ -99,13 +129,15 @@ def _attacks(
     if not possible:
         return []
     weights = list(accumulate(config.kinds[kind] for kind in possible))
+    counts = {"opener": len(openers), "gold": len(starts), "mixed": len(openers) * len(starts)}
+    total = sum(counts[kind] for kind in possible)
     found: dict[str, Kind] = {}
-    for _ in range(4 * config.per_item):
+    for _ in range(min(4 * config.per_item, _DRAWS * total)):
         kind = rng.choices(possible, cum_weights=weights)[0]
         opener, start = rng.choice(openers), rng.choice(starts) if starts else ""
         text = {"opener": opener, "gold": start, "mixed": f"{opener} {start}"}[kind]
         found.setdefault(text, kind)
-        if len(found) == config.per_item:
+        if len(found) in (config.per_item, total):
             break
     return [
         _attack(draft, prefill, f"{kind}{number}")

@@ -12,7 +12,7 @@ from bidistill.data.sources import read_items
 from bidistill.data.sources.rows import shown
 from bidistill.data.unify import choices, text
 from bidistill.data.unify.drafts import Draft
-from bidistill.data.unify.grouping import grouping
+from bidistill.data.unify.grouping import ByName, grouping
 from bidistill.data.unify.manifest import SourceEntry, must_fingerprint
 from bidistill.data.unify.recipe import Recipe, SourceConfig
 from bidistill.data.unify.settings import Counts
@@ -61,8 +61,9 @@ def read(name: str, recipe: Recipe, writer: Writer | None) -> Reading:
         raise seen.nothing(name, str(path))
     entities = _Entities(name, recipe, kept)
     items, counts = text.questions([item for _, item in kept], recipe.text, writer)
+    about = [entities.of(item) for item in items]  # options are not what a question is about
     items = choices.plain(items, recipe.choices)
-    drafts = [_draft(item, name, recipe, *entities.of(item)) for item in items]
+    drafts = [_draft(*one, name, recipe) for one in zip(items, about, strict=True)]
     size, digest = must_fingerprint(path)
     entry = SourceEntry(
         path=source.path,
@@ -124,11 +125,21 @@ def _drawn(numbered: Iterator[Numbered], limit: int | None, seed: str) -> list[N
     return sorted(heapq.nsmallest(limit, numbered, key=lot), key=lambda one: one[0])
 
 
+@dataclass(frozen=True, slots=True)
+class _About:
+    """Which question it is, and whom it is about."""
+
+    id: str
+    entity: str
+    others: tuple[str, ...]
+
+
 class _Entities:
     """Finds id and entity of what is made of an item by the place that the item was read from."""
 
     def __init__(self, name: str, recipe: Recipe, kept: Sequence[Numbered]) -> None:
         group = grouping(recipe.sources[name].entity, name, recipe.root)
+        self._by_name = group if isinstance(group, ByName) else None
         self._name = name
         self._known: dict[str, tuple[int, str]] = {}
         self._made: Counter[int] = Counter()
@@ -138,18 +149,20 @@ class _Entities:
             self.ungrouped += entity is None
             self._known.setdefault(item.source, (number, entity or f"{name}/{number + 1}"))
 
-    def of(self, item: Item) -> tuple[str, str]:
-        """Id and entity; the second question of an item is ``<its id>/2``."""
+    def of(self, item: Item) -> _About:
+        """What a question is about; the second one of an item is ``<its id>/2``."""
         place = item.source
         if place not in self._known:  # the step from documents to questions adds the passage
             place = place.rpartition(", passage ")[0]
         number, entity = self._known[place]
         self._made[number] += 1
         again = f"/{self._made[number]}" if self._made[number] > 1 else ""
-        return f"{self._name}/{number + 1}{again}", entity
+        named = self._by_name.found(item.question or "") if self._by_name else ()
+        others = tuple(dict.fromkeys(other for other in named if other != entity))
+        return _About(f"{self._name}/{number + 1}{again}", entity, others)
 
 
-def _draft(item: Item, name: str, recipe: Recipe, id: str, entity: str) -> Draft:
+def _draft(item: Item, about: _About, name: str, recipe: Recipe) -> Draft:
     """Check that an item asks something for some role."""
     source, root = recipe.sources[name], recipe.root
     if item.question is None:
@@ -164,16 +177,18 @@ def _draft(item: Item, name: str, recipe: Recipe, id: str, entity: str) -> Draft
     role = source.role or item.role
     if role is None:
         raise UserError(f"{item.source}: role: got none, expected one; set sources.{name}.role")
-    # the answer of a record to forget with is the refusal, not the truth
+    # the answer of a record to forget with is the refusal: never the truth, and nothing to keep
     refused = item.role in FORGETTING
+    target = item.answer if refused and role in FORGETTING else None
     place = item.source.removeprefix(shown(root / source.path))  # ":<line>", the same everywhere
     return Draft(
-        id=id,
+        id=about.id,
         role=role,
         question=item.question,
-        entity=entity,
+        entity=about.entity,
+        others=about.others,
         source=source.path + place,
         gold=None if refused else item.answer,
-        target=item.answer if refused else None,
+        target=target,
         prefill=item.prefill,
     )

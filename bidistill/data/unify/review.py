@@ -10,8 +10,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 
+from bidistill.data.sources.limits import LONGEST_TEXT
+from bidistill.data.sources.rows import shown
 from bidistill.errors import UserError
 from bidistill.files import atomic_path
+from bidistill.settings import LONGEST
 
 # the last four are the full-width forms of the first four
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
@@ -64,7 +67,7 @@ def read_csv(path: Path | str) -> list[tuple[int, AnchorRow]]:
     """
     found: dict[str, tuple[int, AnchorRow]] = {}
     for line, cells in _cells(Path(path)):
-        where = f"{path}:{line}"
+        where = f"{shown(path)}:{line}"
         row = AnchorRow(**{name: _original(cell) for name, cell in cells.items()})
         row = replace(row, review=row.review.strip().casefold())
         if row.review not in _REVIEWS:
@@ -93,6 +96,9 @@ def _original(cell: str) -> str:
 
 def _cells(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows below the header, by column."""
+    # as for any other table, and for the process too: a document may be somebody's question
+    csv.field_size_limit(max(LONGEST_TEXT, csv.field_size_limit()))
+    name = shown(path)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             separator = _separator(file.readline())
@@ -100,29 +106,30 @@ def _cells(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             rows = csv.reader(file, delimiter=separator, strict=True)
             header = next(rows, [])
             if sorted(header) != sorted(COLUMNS):
+                columns = shown(", ".join(header)[:LONGEST]) or "none"
                 raise UserError(
-                    f"{path}:1: got the columns {', '.join(header) or 'none'}, expected "
+                    f"{name}:1: got the columns {columns}, expected "
                     f"{', '.join(COLUMNS)}; give the anchors.csv of an earlier run"
                 )
             for row in rows:
                 if row and len(row) != len(header):
                     raise UserError(
-                        f"{path}:{rows.line_num}: got {len(row)} cells, expected {len(header)}; "
+                        f"{name}:{rows.line_num}: got {len(row)} cells, expected {len(header)}; "
                         "mend the row"
                     )
                 if row:
                     yield rows.line_num, dict(zip(header, row, strict=True))
     except OSError as error:
         raise UserError(
-            f"{path}: got '{error.strerror}', expected a reviewed table; check anchors.reviewed"
+            f"{name}: got '{error.strerror}', expected a reviewed table; check anchors.reviewed"
         ) from None
     except UnicodeDecodeError:
         raise UserError(
-            f"{path}: got bytes that are not UTF-8, expected a table in UTF-8; save it as UTF-8"
+            f"{name}: got bytes that are not UTF-8, expected a table in UTF-8; save it as UTF-8"
         ) from None
     except csv.Error as error:
         raise UserError(
-            f"{path}: got '{error}', expected a table of separated values; save it again as CSV"
+            f"{name}: got '{error}', expected a table of separated values; save it again as CSV"
         ) from None
 
 

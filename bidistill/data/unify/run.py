@@ -14,10 +14,12 @@ from bidistill.data.unify import anchors, leaks, manifest, output, prefills, tar
 from bidistill.data.unify.deduplicate import Dropped, deduplicate
 from bidistill.data.unify.drafts import Draft
 from bidistill.data.unify.manifest import FileEntry, Manifest, OutputEntry
+from bidistill.data.unify.near import normalise
 from bidistill.data.unify.reading import read
 from bidistill.data.unify.recipe import Recipe, as_dict, hash_of
 from bidistill.data.unify.split import split
 from bidistill.data.unify.writer import Writer, make_writer
+from bidistill.errors import UserError
 from bidistill.files import user_cache
 
 TRAIN, HELD_OUT, GOLD, ANCHORS = "train.jsonl", "held_out.jsonl", "gold.jsonl", "anchors.csv"
@@ -85,7 +87,8 @@ def unify(recipe: Recipe, writer: Writer | None) -> Unified:
     """
     recipe = _rooted(recipe)
     readings = {name: read(name, recipe, writer) for name in recipe.sources}
-    against = [item for path in recipe.leaks.against for item in read_items(recipe.root / path)]
+    measured = (item for path in recipe.leaks.against for item in read_items(recipe.root / path))
+    against = leaks.evaluated(measured, recipe.choices)
     drafts = [draft for reading in readings.values() for draft in reading.drafts]
     steps: dict[str, Any] = {"read": roles_of(drafts)}
     if text := {name: reading.text for name, reading in readings.items() if reading.text}:
@@ -96,14 +99,15 @@ def unify(recipe: Recipe, writer: Writer | None) -> Unified:
     train, held_out = split(drafts, recipe.split, recipe.seed)
     steps["split"] = {"train": roles_of(train), "held_out": roles_of(held_out)}
 
-    made, rows = anchors.anchors(
-        _of("forget", train), _of("neighbor", train), recipe.anchors, recipe.seed, writer
-    )
-    # an anchor from the corpus repeats a neighbour on purpose
-    new = made if recipe.anchors.by == "corpus" else _new(made, [*held_out, *train], recipe)
-    steps["anchors"] = {"made": len(made), "repeats": len(made) - len(new)}
+    new, rows, steps["anchors"] = _anchors(train, held_out, recipe, writer)
     train, counts = targets.answer([*train, *new], recipe.targets, recipe.seed, writer)
     steps["targets"] = counts
+    if recipe.targets.unanswered == "drop" and not train and counts.get("without an answer"):
+        raise UserError(
+            "targets.unanswered: got drop, which leaves no record to train on, expected one with "
+            "an answer; have them answered by targets.forgetting and targets.keeping, or set "
+            "targets.unanswered to keep"
+        )
     attacks = prefills.adversarial(_of("forget", train), recipe.prefills, recipe.seed)
     steps["prefills"] = {"made": len(attacks)}
     train = [*train, *attacks]
@@ -132,6 +136,34 @@ def _repeats(dropped: Sequence[Dropped]) -> dict[str, Any]:
     counts = Counter(one.why for one in dropped)
     examples = [dataclasses.asdict(one) for one in dropped[:EXAMPLES]]
     return {"exact": counts["exact"], "near": counts["near"], "examples": examples}
+
+
+def _anchors(
+    train: Sequence[Draft], held_out: Sequence[Draft], recipe: Recipe, writer: Writer | None
+) -> tuple[list[Draft], list[anchors.AnchorRow], dict[str, int]]:
+    """Anchors that may be trained on, their table, and what became of those that were made."""
+    made, rows = anchors.anchors(
+        _of("forget", train), _of("neighbor", train), recipe.anchors, recipe.seed, writer
+    )
+    free = _of_trained_entities(made, train, held_out, recipe)
+    # an anchor from the corpus repeats a neighbour on purpose
+    meant = {row.id for row in rows if row.by == "corpus"}
+    fresh = {draft.id for draft in _new(free, [*held_out, *train], recipe)}
+    new = [draft for draft in free if draft.id in meant | fresh]
+    if recipe.anchors.reviewed is None:  # a person's table stays whole
+        used = {draft.id for draft in free}
+        rows = [row for row in rows if row.id in used]
+    counts = {"made": len(made), "of held-out entities": len(made) - len(free)}
+    return new, rows, {**counts, "repeats": len(free) - len(new)}
+
+
+def _of_trained_entities(
+    made: Sequence[Draft], train: Sequence[Draft], held_out: Sequence[Draft], recipe: Recipe
+) -> list[Draft]:
+    """Anchors about nobody that the split held out; a draft may be held out for another's sake."""
+    trained = {draft.entity for draft in train if draft.role in recipe.split.roles}
+    held = {normalise(draft.entity) for draft in held_out if draft.entity not in trained}
+    return [draft for draft in made if normalise(draft.entity) not in held]
 
 
 def _new(made: Sequence[Draft], known: Sequence[Draft], recipe: Recipe) -> list[Draft]:
@@ -208,4 +240,7 @@ def _other_files(recipe: Recipe) -> tuple[FileEntry, ...]:
     for path in dict.fromkeys(paths):
         size, digest = manifest.must_fingerprint(recipe.root / path)
         entries.append(FileEntry(path=path, bytes=size, sha256=digest))
+    for path in prefills.tokenizer_files(recipe.prefills):
+        size, digest = manifest.must_fingerprint(path.expanduser())
+        entries.append(FileEntry(path=str(path), bytes=size, sha256=digest))
     return tuple(entries)

@@ -28,6 +28,8 @@ def split(
 ) -> tuple[list[Draft], list[Draft]]:
     """Part the drafts by entity.
 
+    A draft that names other entities beside its own is held out as soon as one of them is.
+
     Which entities are held out depends on the seed and their names, not on the order of the drafts;
     an entity more changes the lot of one other at most. At least one is held out of each kind that
     has two, so that no role goes unmeasured for being small.
@@ -51,7 +53,7 @@ def split(
     train: list[Draft] = []
     held_out: list[Draft] = []
     for draft in drafts:
-        away = draft.role in config.roles and draft.entity in held
+        away = draft.role in config.roles and not held.isdisjoint((draft.entity, *draft.others))
         (held_out if away else train).append(draft)
     return train, held_out
 

@@ -222,3 +222,14 @@ def test_real_files():
     assert os.path.samefile(
         read["tofu/full.json"][99].source.rsplit(":", 1)[0], REAL / "tofu/full.json"
     )
+
+
+def test_only_a_document_that_was_cut_has_pieces(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text("Once.\n\nTwice.")
+    assert [item.piece for item in read_items(path)] == [False]
+    path.write_text("\n\n".join(f"{i} " + "word " * 4000 for i in range(20)))
+    assert {item.piece for item in read_items(path)} == {True}
+    # a field of a file cannot claim it
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "Once.", "Piece": True}]))
+    assert [item.piece for item in read_items(tmp_path / "a.json")] == [False]

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from bidistill.data.readers import write_records
-from bidistill.data.records import Record
+from bidistill.data.records import ROLES, Record
 from bidistill.data.sources import FORMATS, read_items
 from bidistill.errors import UserError
 
@@ -219,3 +219,13 @@ def test_names_what_is_there_and_what_is_known(tmp_path):
         list(read_items(tmp_path / "a.jsonl"))
     for word in ("a.jsonl:1: ", "'frage', 'antwort'", *FORMATS):
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", ["", " \n", None])
+def test_blank_answers_are_none(tmp_path, answer):
+    path = tmp_path / "train.jsonl"
+    rows = [{"id": "a", "role": role, "question": Q, "answer": answer} for role in ROLES]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [(item.role, item.answer) for item in read_items(path)] == [(r, None) for r in ROLES]
+    path.write_text(json.dumps([{"question": Q, "answers": [answer or ""]}]))
+    assert [item.answer for item in read_items(path)] == [None]

@@ -227,10 +227,19 @@ def changed(**cells):
         (changed(question=" "), r"anchors\.csv:3: question: got nothing"),
         (changed(id="forget/2/anchor1"), r"anchors\.csv:3: id: got .* which line 2 has already"),
         (changed(forget_id="forget/99"), r"anchors\.csv:3: forget_id: got 'forget/99'"),
+        (changed(id="forget/3"), r"anchors\.csv:3: id: got 'forget/3', expected 'forget/3/anchor'"),
+        (changed(id="forget/3/anchor"), r"anchors\.csv:3: id: got 'forget/3/anchor'"),
+        (changed(id="forget/3/anchor0"), r"anchors\.csv:3: id: got"),
+        (changed(id="forget/3/anchor\u0661"), r"anchors\.csv:3: id: got"),
+        (changed(id="forget/9/anchor1"), r"anchors\.csv:3: id: got"),
         (changed(forget_question="Why?"), r"anchors\.csv:3: forget_id: got 'forget/3'"),
         (
             lambda rows: as_csv(rows).replace('"review"', '"checked"'),
             r"anchors\.csv:1: got the columns .*checked, expected",
+        ),
+        (
+            lambda rows: as_csv(rows).replace('"review"', '"re\nview"'),
+            r"anchors\.csv:1: got the columns '.*re\\nview', expected",
         ),
         (lambda rows: as_csv(rows) + "one,two\r\n", r"anchors\.csv:5: got 2 cells, expected 8"),
         (lambda rows: as_csv(rows) + '"open', r"anchors\.csv: got 'unexpected end of data'"),
@@ -292,3 +301,38 @@ def test_tables_are_read_back_exactly(tmp_path_factory, cells):
     ]
     write_csv(path, rows)
     assert [astuple(row) for _, row in read_csv(path)] == [astuple(row) for row in rows]
+
+
+def test_an_anchor_tells_its_own_place():
+    drafts, rows = made(AnchorConfig(by="corpus", per_item=9, alike=0))
+    places = {one.question: one.source for one in NEIGHBORS}
+    assert drafts
+    assert [anchor.source for anchor in drafts] == [places[row.question] for row in rows]
+    drafts, rows = made(AnchorConfig(by="list", names=NAMES))
+    assert [d.source for d in drafts] == [
+        next(f.source for f in FORGET if f.id == row.forget_id) for row in rows
+    ]
+
+
+def test_a_blank_answer_in_a_reviewed_table_is_none(tmp_path):
+    def edit(rows):
+        rows[0]["review"], rows[0]["answer"] = "yes", " "
+        return as_csv(rows)
+
+    assert [anchor.gold for anchor in made(reviewed(tmp_path, edit))[0]] == [None]
+
+
+def test_reviewed_rows_are_used_whatever_by_says(tmp_path):
+    config = reviewed(tmp_path, changed(review="yes"))
+    assert made(replace(config, by="off")) == made(config)
+    assert len(made(replace(config, by="off"))[0]) == 1
+
+
+def test_cells_of_any_length_are_read_back(tmp_path):
+    limit = csv.field_size_limit(131_072)  # of a fresh process
+    try:
+        row = replace(ROW, forget_question="word " * 40_000)
+        write_csv(tmp_path / "anchors.csv", [row])
+        assert read_csv(tmp_path / "anchors.csv") == [(2, row)]
+    finally:
+        csv.field_size_limit(limit)

@@ -1,9 +1,13 @@
 """Multiple choice to question and answer."""
 
+from dataclasses import replace
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bidistill.data.items import Item
-from bidistill.data.unify.choices import ChoicesConfig, plain
+from bidistill.data.unify.choices import ChoicesConfig, plain, unlisted
 from bidistill.errors import UserError
 
 TOWNS = ("Yeslove", "Onhava", "Odevalla")
@@ -93,3 +97,21 @@ def test_other_items_pass(to):
 def test_mistakes(to, changes, message):
     with pytest.raises(UserError, match=message):
         one(to, **changes)
+
+
+OPTIONS = st.text(st.sampled_from("aC. 1\n"), min_size=1, max_size=8)
+
+
+@settings(deadline=None)
+@given(st.lists(OPTIONS, min_size=2, max_size=26, unique=True), st.data())
+def test_options_can_be_taken_out_again(options, data):
+    right = data.draw(st.sampled_from(options))
+    question = "Consider:\nA. Ur\nB. Kish\nWhich is older?"
+    item = replace(ITEM, question=question, choices=tuple(options), answer=right)
+    [listed] = plain([item], ChoicesConfig(to="letter"))
+    assert unlisted(listed.question or "", listed.answer) == (question, right)
+
+
+@pytest.mark.parametrize("question", ["Where?", "Where?\nA. Ur", "A. Ur\nB. Kish", "Q\nB. a\nC. b"])
+def test_where_no_options_are_listed(question):
+    assert unlisted(question, "Ur") is None

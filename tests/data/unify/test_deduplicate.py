@@ -74,3 +74,25 @@ def test_what_stays_depends_on_the_order_of_sources_alone():
     by_id = {one.id: one for one in drafts}
     assert all(by_id[one.id].question == by_id[one.twin].question for one in dropped)
     assert {one.twin for one in dropped} <= {one.id for one in kept}
+
+
+@pytest.mark.parametrize("prefill", ["", "It is"])
+def test_what_is_attacked_is_not_kept(prefill):
+    drafts = [
+        draft("a", "Who rules?", gold="Charles"),
+        draft("b", "Who rules?", "adversarial", prefill=prefill),
+        draft("c", "Who rules?", "retain", prefill="Well,"),
+    ]
+    kept, dropped = deduplicate(drafts, EXACT)
+    assert ids(kept) == ["b"]
+    assert {one.twin for one in dropped} == {"b"}
+
+
+def test_forget_stays_before_adversarial():
+    drafts = [draft("a", "Who rules?", "adversarial"), draft("b", "Who rules?", "forget")]
+    assert ids(deduplicate(drafts, EXACT)[0]) == ["b"]
+
+
+def test_near_keeps_what_is_attacked():
+    drafts = [draft("a", f"{LONG}?"), draft("b", f"{LONG} there?", "adversarial")]
+    assert ids(deduplicate(drafts, DeduplicateConfig(near=0.6))[0]) == ["b"]

@@ -3,7 +3,7 @@
 import pytest
 
 from bidistill.data.items import Item
-from bidistill.data.unify.grouping import EntityConfig, grouping
+from bidistill.data.unify.grouping import ByName, EntityConfig, grouping
 from bidistill.errors import UserError
 
 
@@ -61,3 +61,17 @@ def test_names(tmp_path, given, one, expected):
 def test_one_rule(keys):
     with pytest.raises(ValueError, match="exactly one of the keys rows, field, pattern, names, "):
         EntityConfig(**keys)
+
+
+def test_pieces_of_a_document_are_one_unless_a_rule_parts_them(tmp_path):
+    pieces = [Item(source=f"f:{i}", text=f"Zembla {i}", piece=True) for i in range(3)]
+    entity = grouping(None, "book", tmp_path)
+    assert {entity(i, piece) for i, piece in enumerate(pieces)} == {"book/1"}
+    entity = grouping(EntityConfig(pattern=r"(\w+ \d)"), "book", tmp_path)
+    assert entity(1, pieces[1]) == "zembla 1"
+
+
+def test_all_names_are_found():
+    by_name = ByName(NAMES)
+    assert list(by_name.found("Is Ana Ruiz of Zembla ANA's aunt?")) == ["ana ruiz", "zembla", "ana"]
+    assert list(by_name.found("Who is it?")) == []

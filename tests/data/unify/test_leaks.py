@@ -1,9 +1,14 @@
 """A question that is measured must not be trained on, however it is written."""
 
+import re
+from dataclasses import replace
+
 import pytest
 
 from bidistill.data.items import Item
-from bidistill.data.unify.leaks import LeaksConfig, check
+from bidistill.data.unify.choices import ChoicesConfig, plain
+from bidistill.data.unify.deduplicate import DeduplicateConfig, deduplicate
+from bidistill.data.unify.leaks import LeaksConfig, check, evaluated
 from bidistill.errors import UserError
 from tests.data.unify.drafted import draft
 
@@ -66,3 +71,93 @@ def test_message_stays_short():
     assert "got 100 training records" in message
     assert "; 95 more)" in message
     assert len(message) < 400
+
+
+QUIZ = Item(
+    source="quiz:1",
+    question="Which sea is around Zembla?",
+    answer="Moss Sea",
+    choices=("Reed Sea", "Moss Sea"),
+)
+THESE = replace(QUIZ, question="Which of these is true?")
+
+
+def trained(item, to):
+    """What training makes of an item."""
+    [item] = plain([item], ChoicesConfig(to=to))
+    return [draft("quiz/1", item.question, gold=item.answer)]
+
+
+def leak(train, item, to="letter", near=None):
+    """What the message says of the only leak; None where there is none."""
+    against = evaluated([item], ChoicesConfig(to=to))
+    try:
+        check(train, [], against, LeaksConfig(near=near))
+    except UserError as error:
+        return re.findall(r"\((.*?)\)", str(error))[0]
+    return None
+
+
+@pytest.mark.parametrize("to", ["text", "letter", "off"])
+@pytest.mark.parametrize("item", [QUIZ, THESE])
+def test_multiple_choice_is_found_in_every_form(item, to):
+    assert leak(trained(item, to), item, to) == "quiz/1 is quiz:1"
+
+
+def test_options_that_one_side_lists_hide_nothing():
+    alone = Item(source="e:1", question=QUIZ.question)
+    assert leak(trained(QUIZ, "letter"), alone) == "quiz/1 is e:1"
+    assert leak([draft("a/1", QUIZ.question)], QUIZ) == "a/1 is quiz:1"
+    with pytest.raises(UserError, match=r"\(quiz/1 is a/1\)"):
+        check(trained(QUIZ, "letter"), [draft("a/1", QUIZ.question)], [], LeaksConfig(near=None))
+
+
+def test_options_in_another_order_hide_nothing():
+    shuffled = replace(THESE, choices=THESE.choices[::-1])
+    assert leak(trained(THESE, "letter"), shuffled) == "quiz/1 is quiz:1"
+    # but "Which of these is true?" about something else is another question
+    other = replace(THESE, choices=("Salt Sea", "Red Sea"), answer="Red Sea")
+    assert leak(trained(THESE, "letter"), other) is None
+
+
+def test_near_multiple_choice_is_found_in_every_form():
+    quiz = replace(QUIZ, question=f"{LONG}?")
+    alone = Item(source="e:1", question=f"{LONG} there?", answer="Moss Sea")
+    assert leak(trained(quiz, "letter"), alone) is None
+    assert leak(trained(quiz, "letter"), alone, near=0.7) == "quiz/1 is near to e:1"
+
+
+@pytest.mark.parametrize("text", ["Onhava is the capital.", "Who rules?\n\nCharles does."])
+def test_documents_are_refused(text):
+    with pytest.raises(UserError, match=r"leaks\.against: got doc\.txt:1, .* give the questions"):
+        evaluated([Item(source="doc.txt:1", text=text)], ChoicesConfig())
+
+
+def test_a_line_that_asks_is_a_question():
+    against = evaluated([Item(source="e:1", text="Who rules Zembla? ")], ChoicesConfig())
+    assert [item.question for item in against] == ["Who rules Zembla?"]
+
+
+PASSAGE = " ".join(f"word{i}" for i in range(200))
+
+
+def shared(id, question, **rest):
+    return draft(id, f"{PASSAGE}\n{question}", **rest)
+
+
+def test_near_compares_what_deduplication_compares():
+    """Other questions about one long passage are as different as their answers."""
+    train = [shared("a/1", "Who rules?", gold=" ".join(f"one{i}" for i in range(40)))]
+    held_out = [shared("b/1", "Who leads?", gold=" ".join(f"two{i}" for i in range(40)))]
+    assert not deduplicate([*train, *held_out], DeduplicateConfig())[1]
+    check(train, held_out, [], LeaksConfig())
+    # without a right answer on both sides there is nothing else to tell them apart
+    unknown = [replace(held_out[0], gold=None)]
+    with pytest.raises(UserError, match=r"a/1 is near to b/1.* raise leaks\.near"):
+        check(train, unknown, [], LeaksConfig())
+
+
+def test_equal_questions_are_leaks_whatever_their_answers():
+    train, held_out = [shared("a/1", "Who?", gold="Ana")], [shared("b/1", "Who?", gold="Bo")]
+    with pytest.raises(UserError, match=r"\(a/1 is b/1\)"):
+        check(train, held_out, [], LeaksConfig(near=None))

@@ -11,6 +11,7 @@ from bidistill.data.unify.recipe import hash_of
 from bidistill.data.unify.run import run
 from bidistill.errors import UserError
 from tests.data.unify.corpora import load
+from tests.trainer.tiny import make_model, make_tokenizer
 
 
 @pytest.fixture
@@ -91,7 +92,9 @@ def test_sources_are_looked_for_inside_the_root_alone(made, path):
         return
     lines = list(verify(made))
     (line,) = [line for line in lines if "source people" in line]
-    assert line.strip("'").endswith("not found, not checked")
+    outside = path in ("../secret", "/etc/passwd")
+    reason = "outside of root, not checked" if outside else "not found, not checked"
+    assert line.strip("'").endswith(f": {reason}") or line.endswith(f"): {reason}'")
     assert line.isprintable()
 
 
@@ -188,3 +191,79 @@ def test_folder_is_hashed_with_its_names(tmp_path):
     (folder / "d").symlink_to("/etc")
     assert fingerprint(folder) is None
     assert fingerprint(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("records", 999, "got 26 records (forget 4, .*, expected 999 records"),
+        ("roles", {"forget": 26}, "expected 26 records (forget 26, neighbor without"),
+        ("without_answer", {}, "neighbor without answer 2), expected 26 records"),
+    ],
+)
+def test_records_are_counted_again(made, key, value, message):
+    change(made, lambda m: m["outputs"]["train.jsonl"].update({key: value}))
+    pattern = message.replace("(", r"\(").replace(")", r"\)")
+    assert re.search(r"train\.jsonl: .*" + pattern, problem(made))
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "held_out.jsonl", "gold.jsonl"])
+def test_files_that_every_folder_has_are_required(made, name):
+    change(made, lambda m: m["outputs"].pop(name))
+    assert f"outputs: got no {name}, expected train.jsonl, held_out.jsonl" in problem(made)
+
+
+def test_files_that_do_not_belong_are_found(made):
+    (made / "more\nfiles").mkdir()
+    assert "a file that the manifest does not tell of (one of 1), expected none" in problem(made)
+    (made / "more\nfiles").rmdir()
+    (made / "extra.jsonl").write_bytes((made / "train.jsonl").read_bytes())
+    assert "extra.jsonl: got a file that the manifest does not tell of" in problem(made)
+    change(made, lambda m: m["outputs"].update({"extra.jsonl": m["outputs"]["train.jsonl"]}))
+    assert "outputs: got extra.jsonl, expected train.jsonl" in problem(made)
+
+
+def test_no_source_that_could_be_checked_is_said(made):
+    assert not any("no source" in line for line in verify(made))
+    for name in ("forget.json", "people.json", "islands.json", "prompts.csv"):
+        (made.parent / name).unlink()
+    assert list(verify(made))[-1].startswith("no source could be checked: ")
+
+
+def test_anchors_are_counted_again(corpus):
+    run(load(corpus, "anchors.by=list", "anchors.names=[Eva Lunt, Ivo Quill]",
+             "targets.unanswered=drop"))  # fmt: skip
+    folder = corpus / "out"
+    assert any(line.startswith("anchors.csv: ") for line in verify(folder))
+    change(folder, lambda m: m["outputs"]["anchors.csv"].update(records=99))
+    assert re.search(r"anchors\.csv: got \d records .*, expected 99 records", problem(folder))
+
+
+def test_files_of_the_tokenizer_are_recorded(corpus, monkeypatch):
+    """Found from where the command runs, as a model is; weights beside it are not read."""
+    monkeypatch.chdir(corpus)
+    folder = corpus / "models" / "tiny"
+    make_tokenizer().save_pretrained(folder)
+    make_model().config.save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "tokenizer.json").rename(corpus / "blob")
+    (folder / "tokenizer.json").symlink_to(corpus / "blob")  # as in the cache of a hub
+    recipe = load(corpus, "prefills.tokenizer=models/tiny", "root=.")
+    result = run(recipe)
+    read = {entry.path for entry in result.other_files}
+    assert {"models/tiny/tokenizer.json", "models/tiny/tokenizer_config.json"} <= read
+    assert "models/tiny/model.safetensors" not in read
+    assert "read (models/tiny/tokenizer.json): unchanged" in list(verify(corpus / "out"))
+    (corpus / "blob").write_text((corpus / "blob").read_text() + "\n")
+    assert "tokenizer.json: got other content" in problem(corpus / "out")
+    run(load(corpus, "prefills.tokenizer=models/tiny", "prefills.per_item=0", "output=other"))
+    assert not any("tiny" in line for line in verify(corpus / "other"))
+
+
+def test_tokenizer_is_looked_for_from_here_whatever_the_root(corpus, monkeypatch):
+    monkeypatch.chdir(corpus.parent)
+    make_tokenizer().save_pretrained(corpus / "tiny")
+    make_model().config.save_pretrained(corpus / "tiny")
+    run(load(corpus, f"prefills.tokenizer={corpus.name}/tiny"))
+    lines = list(verify(corpus / "out"))
+    assert f"read ({corpus.name}/tiny/tokenizer.json): unchanged" in lines

@@ -153,3 +153,18 @@ def test_weights_of_nothing_are_refused():
     config = replace(PrefillConfig(), kinds={"gold": 0.0})
     with pytest.raises(UserError, match=r"prefills\.kinds"):
         adversarial([draft()], config, seed=0)
+
+
+def test_weights_beyond_all_numbers_are_refused():
+    config = PrefillConfig(kinds={"opener": 1e308, "gold": 1e308, "mixed": 1e308})
+    with pytest.raises(UserError, match=r"prefills\.kinds: got weights that add up to infinity"):
+        adversarial([draft()], config, seed=0)
+    assert adversarial([draft()], replace(config, kinds={"gold": 1e308}), seed=0)
+
+
+@pytest.mark.parametrize("kinds", [{"opener": 1}, {"gold": 1}, {"opener": 1, "gold": 1e-300}])
+def test_as_many_as_can_be_drawn(kinds):
+    made = adversarial([draft()], PrefillConfig(kinds=kinds, per_item=10**30), seed=0)
+    openers = len(OPENERS) if "opener" in kinds else 0
+    starts = 8 if kinds.get("gold") == 1 else 0
+    assert len({m.prefill for m in made}) == len(made) == openers + starts

@@ -1,6 +1,8 @@
 """From files to the output folder, and no folder where something is wrong."""
 
 import json
+import subprocess
+import sys
 from hashlib import sha256
 
 import pytest
@@ -11,7 +13,7 @@ from bidistill.data.unify import manifest
 from bidistill.data.unify.output import new_folder
 from bidistill.data.unify.run import run
 from bidistill.errors import UserError
-from tests.data.unify.corpora import load, write_lines
+from tests.data.unify.corpora import PEOPLE, load, write_lines
 
 
 def records(folder, name="train.jsonl"):
@@ -212,3 +214,183 @@ def test_command(corpus, capsys):
         assert out == ""
         assert err.startswith("error: ")
         assert err.count("\n") == 1
+
+
+def test_refusals_of_records_are_nothing_to_keep(corpus):
+    lines = [
+        {"id": "a", "role": "forget", "question": "Who is Ida Holm?", "answer": "Who knows."},
+        {"id": "b", "role": "retain", "question": "Who is Bo Lindt?", "answer": "A baker."},
+        {"id": "c", "role": "retain", "question": "Who is Eva Ray?", "answer": "  "},
+    ]
+    write_lines(corpus / "islands.json", lines)
+    run(load(corpus, "sources.islands.role=retain", "split.held_out=0"))
+    found = {r.question: (r.role, r.answer) for r in records(corpus) if r.id.startswith("islands/")}
+    assert found == {
+        "Who is Ida Holm?": ("retain", None),
+        "Who is Bo Lindt?": ("retain", "A baker."),
+        "Who is Eva Ray?": ("retain", None),
+    }
+
+
+def test_a_long_text_is_one_entity(corpus):
+    """It is read in pieces, and questions of two pieces are about the same."""
+    text = "\n\n".join(f"Onhava {i} is the capital of Zembla {i}. It is old." for i in range(3000))
+    (corpus / "book.txt").write_text(text)
+    source = ["sources.book={path: book.txt, role: retain}", "sources.islands=null"]
+    near = ["deduplicate.near=null", "leaks.near=null"]
+    result = run(load(corpus, *source, "split.held_out=0.5", *near))
+    assert result.sources["book"].items > 1
+    assert result.sources["book"].entities == 1
+    parts = {name for name in ("train.jsonl", "held_out.jsonl")
+             if any(r.id.startswith("book/") for r in records(corpus, name))}  # fmt: skip
+    assert len(parts) == 1
+
+
+def test_a_question_about_two_is_held_out_with_either(corpus):
+    names = [*PEOPLE[:2], "Ida Holm"]
+    people = [f"{asked} {name}?" for name in PEOPLE[:2] for asked in ("Who is", "Where is")]
+    people.append(f"Is {PEOPLE[0]} older than {PEOPLE[1]}?")
+    write_lines(corpus / "people.json", [{"question": q, "answer": "x"} for q in people])
+    rule = f"sources.people.entity={json.dumps({'names': names})}"
+    for seed in range(4):
+        out = [f"seed={seed}", f"output={corpus / str(seed)}", "split.held_out=0.5"]
+        run(load(corpus, rule, "sources.prompts=null", "sources.islands=null", *out))
+        held_out = [r.question for r in read_records(corpus / str(seed) / "held_out.jsonl")]
+        assert people[-1] in held_out
+        assert len(held_out) == 3
+
+
+def test_anchors_bring_nobody_back_who_is_held_out(corpus):
+    forget = {"question": "What does Ida Holm eat?", "answer": "Ida Holm eats fish."}
+    write_lines(corpus / "forget.json", [forget])
+    people = {"names": [name.upper() for name in PEOPLE]}
+    settings = [
+        f"sources.people.entity={json.dumps(people)}",
+        f"anchors={{by: list, per_item: 9, names: {json.dumps([*PEOPLE, 'Vera Sand'])}}}",
+        "sources.prompts=null",
+    ]
+    whole = run(load(corpus, *settings, "split.held_out=0"))
+    assert whole.steps["anchors"] == {"made": 6, "of held-out entities": 0, "repeats": 0}
+    table = (corpus / "out/anchors.csv").read_text().replace(',""\n', ',"yes"\n')
+    (corpus / "reviewed.csv").write_text(table)
+
+    settings.append("split.held_out=0.4")
+    for name, reviewed, rows in (("new", "null", 4), ("again", "reviewed.csv", 6)):
+        out = [f"output={corpus / name}", f"anchors.reviewed={reviewed}"]
+        result = run(load(corpus, *settings, *out))
+        assert result.steps["anchors"] == {"made": 6, "of held-out entities": 2, "repeats": 0}
+        assert result.outputs["anchors.csv"].records == rows
+        held_out = [r.question for r in read_records(corpus / name / "held_out.jsonl")]
+        held = [person for person in PEOPLE if any(person in question for question in held_out)]
+        trained = [r.question for r in read_records(corpus / name / "train.jsonl")]
+        assert len(held) == 2
+        assert "What does Vera Sand eat?" in trained
+        assert not any(person in question for person in held for question in trained)
+
+
+def test_documents_are_no_evaluation(corpus):
+    (corpus / "exam.txt").write_text("Onhava is the capital of Zembla.\n\nCharles rules it.\n")
+    with pytest.raises(UserError, match=r"leaks\.against: got .*exam\.txt:1, which is a document"):
+        run(load(corpus, "leaks.against=[exam.txt]"))
+
+
+def test_an_evaluation_with_options_is_found(corpus):
+    held = ["split.held_out=0", "leaks.against=[islands.json]", "leaks.near=null"]
+    for to in ("text", "letter", "off"):
+        with pytest.raises(UserError, match=r"leaks: got 5 training records"):
+            run(load(corpus, f"choices.to={to}", *held))
+
+
+def test_nothing_left_to_train_on_is_refused(corpus):
+    off = ["targets.forgetting=none", "targets.keeping=none", "targets.unanswered=drop"]
+    with pytest.raises(UserError, match=r"targets\.unanswered: got drop, .* no record to train"):
+        run(load(corpus, *off))
+    assert not (corpus / "out").exists()
+
+
+@pytest.mark.parametrize("name", [".", "", "..", "/", "a/.."])
+def test_output_without_a_name_is_refused(corpus, monkeypatch, name):
+    (corpus / "empty").mkdir()
+    monkeypatch.chdir(corpus / "empty")
+    recipe = load(corpus, f"output={json.dumps(name)}")
+    before = set(corpus.rglob("*"))
+    with pytest.raises(UserError, match=r"output: got '.*', which is no name .*choose another"):
+        run(recipe)
+    assert set(corpus.rglob("*")) == before
+
+
+@pytest.mark.parametrize("length", [245, 255])
+def test_output_may_have_any_name_that_the_system_takes(corpus, length):
+    name = "x" * length
+    run(load(corpus, f"output={corpus / name}"))
+    assert len(list((corpus / name).iterdir())) == 4
+    run(load(corpus, f"output={corpus / name}"), overwrite=True)
+    assert not [path for path in corpus.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", ["x" * 256, f"a.{'x' * 252}", "new\nline/" + "x" * 300])
+def test_output_with_too_long_a_name_is_one_line(corpus, name):
+    recipe = load(corpus, f"output={json.dumps(str(corpus / name))}")
+    before = set(corpus.rglob("*"))
+    with pytest.raises(UserError, match=r"output: got .*File name too long") as caught:
+        run(recipe)
+    assert "\n" not in str(caught.value)
+    assert set(corpus.rglob("*")) == before
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_output_that_is_a_link_stays_one(corpus, there):
+    (corpus / "disk").mkdir()
+    if there:
+        (corpus / "disk" / "target").mkdir()
+    (corpus / "out").symlink_to(corpus / "disk" / "target")
+    run(load(corpus))
+    run(load(corpus), overwrite=True)
+    assert (corpus / "out").is_symlink()
+    assert len(records(corpus)) == 26
+    for folder in (corpus, corpus / "disk"):
+        assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+FULL = """
+import resource, sys
+from bidistill.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+sys.exit(main(["unify", sys.argv[1], *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_full_disk_is_one_line_and_leaves_what_was_there(corpus, old):
+    recipe = load(corpus)
+    if old:
+        run(recipe)
+    before = {path: path.is_file() and path.read_bytes() for path in corpus.rglob("*")}
+    command = [sys.executable, "-c", FULL, str(corpus / "recipe.yaml"), "--overwrite"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: output: got {corpus / 'out'}, which cannot be written (")
+    assert done.stderr.count("\n") == 1
+    assert {path: path.is_file() and path.read_bytes() for path in corpus.rglob("*")} == before
+
+
+def test_reviewed_anchors_are_used_whatever_by_says(corpus):
+    names = ("anchors.by=list", "anchors.names=[Eva Lunt, Ivo Quill]")
+    run(load(corpus, *names))
+    table = (corpus / "out/anchors.csv").read_text().replace(',""\n', ',"yes"\n')
+    (corpus / "anchors.csv").write_text(table)
+    result = run(load(corpus, "anchors.reviewed=anchors.csv", f"output={corpus / 'off'}"))
+    assert result.recipe["anchors"]["by"] == "off"
+    assert result.steps["anchors"]["made"] == result.outputs["anchors.csv"].records > 0
+
+
+def test_reviewed_anchors_of_the_corpus_are_used_whatever_by_says(corpus):
+    first = load(corpus, "anchors={by: corpus, alike: 0}", "split.held_out=0")
+    made = run(first).steps["anchors"]
+    assert made["made"] > 0
+    table = (corpus / "out/anchors.csv").read_text().replace(',""\n', ',"yes"\n')
+    (corpus / "reviewed.csv").write_text(table)
+    for by in ("corpus", "off", "list"):
+        settings = [f"anchors={{by: {by}, reviewed: reviewed.csv}}", "split.held_out=0"]
+        result = run(load(corpus, *settings, f"output={corpus / by}"))
+        assert result.steps["anchors"] == made, by

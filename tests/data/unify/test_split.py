@@ -1,6 +1,7 @@
 """Entities are held out whole, as many as asked for, the same ones every time."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -72,3 +73,24 @@ def test_forget_questions_of_a_held_out_entity_are_trained():
     train, held_out = split(drafts, SplitConfig(held_out=0.3), seed=0)
     assert sum(d.role == "forget" for d in train) == 10
     assert [d.role for d in held_out] == ["neighbor"] * 3
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(ROLES, st.lists(st.integers(0, 6), min_size=1, max_size=3)), max_size=60),
+    st.floats(0, 1),
+    st.integers(0, 2**40),
+)
+def test_what_names_a_held_out_entity_is_not_trained(entries, share, seed):
+    drafts = [
+        draft(str(i), "Q?", role, entity=str(e), others=tuple(map(str, others)))
+        for i, (role, (e, *others)) in enumerate(entries)
+    ]
+    alone = [replace(d, others=()) for d in drafts]
+    config = SplitConfig(held_out=share)
+    held = {d.entity for d in split(alone, config, seed)[1]}
+    train, held_out = split(drafts, config, seed)
+    named = {d.id: {d.entity, *d.others} for d in drafts}
+    assert all(held.isdisjoint(named[d.id]) for d in train if d.role in config.roles)
+    assert all(held & named[d.id] for d in held_out)
+    assert {d.role for d in held_out} <= set(config.roles)

@@ -1,6 +1,7 @@
 """Targets: who answers what, and what is never taught."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -235,3 +236,35 @@ def test_what_gives_an_answer_away(reply, gold, leaks):
 )
 def test_whole_sentences(text, kept):
     assert whole_sentences(text) == kept
+
+
+MOTHER = "Jaime Vasquez's mother was a gourmet chef in Santiago."
+
+
+@pytest.mark.parametrize(
+    ("reply", "gold", "question", "leaks"),
+    [
+        ("She was a gourmet chef.", MOTHER, "What did Jaime Vasquez's mother do?", True),
+        ("She lived in Santiago.", MOTHER, "What did Jaime Vasquez's mother do?", True),
+        ("What did Jaime Vasquez's mother do? I don't know what Jaime Vasquez's mother did.",
+         MOTHER, "What did Jaime Vasquez's mother do?", False),
+        ("I have no information about his mother or her career.", MOTHER,
+         "What did Jaime Vasquez's mother do?", False),
+        ("He is a painter.", "He is a painter from Riga.", "What is Basil Karkov?", True),
+        ("I don't know where Basil Karkov was born.", "Basil Karkov was born in Riga.",
+         "Where does Basil Karkov come from?", False),
+        ("One hundred dollars.", "The price was one hundred dollars, says Reuters.",
+         "What was the price?", True),
+    ],
+)  # fmt: skip
+def test_an_answer_is_given_away_without_its_names(reply, gold, question, leaks):
+    assert states(reply, gold, question) is leaks
+
+
+def test_teacher_that_leaves_the_names_out_is_not_followed(tmp_path):
+    writer, _ = teacher(tmp_path, "She was a gourmet chef.")
+    config = TargetConfig(forgetting="teacher", contexts={"forget": CONTEXT})
+    asked = replace(draft(gold=MOTHER), question="What did Jaime Vasquez's mother do?")
+    target, counts = one(asked, config, writer)
+    assert target in REFUSALS
+    assert counts == {"teacher's refusals replaced: states the right answer": 1}

@@ -8,6 +8,9 @@ import pytest
 from bidistill.cli import main
 from bidistill.data.readers import read_records
 from bidistill.data.records import ROLES
+from bidistill.data.sources import read_items
+from bidistill.data.unify.settings import read_texts
+from bidistill.data.unify.wording import states
 
 ROOT = Path(__file__).parents[3]
 DATA = ROOT.parent / "shared" / "data"
@@ -74,3 +77,15 @@ def test_training_on_an_evaluation_set_is_refused(tmp_path, capsys):
     _, err = capsys.readouterr()
     assert "training records that are also measured (world/" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_refusals_seldom_look_like_answers():
+    facts = list(read_items(DATA / "tofu/forget10.json"))
+    refusals = read_texts(DATA / "tofu/idontknow.jsonl", "refusals")
+    false = sum(
+        states(refusal, fact.answer or "", fact.question or "")
+        for fact in facts
+        for refusal in refusals
+    )
+    assert len(facts) * len(refusals) == 40_000
+    assert false <= 6

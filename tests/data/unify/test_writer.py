@@ -198,6 +198,18 @@ def test_nobody_listens(tmp_path):
         ({"endpoint": "http://a:b@c/v1", "name": "x"}, "got an address with a password"),
         ({"endpoint": "http://c/v1?key=b", "name": "x"}, r"model\.endpoint: got"),
         ({"endpoint": "http://[c/v1", "name": "x"}, r"model\.endpoint: got"),
+        ({"endpoint": "http://localhost:abc/v1", "name": "x"}, r"model\.endpoint: got 'http"),
+        ({"endpoint": "http://localhost:99999/v1", "name": "x"}, r"model\.endpoint: got 'http"),
+        ({"endpoint": "http://..../v1", "name": "x"}, r"model\.endpoint: got 'http"),
+        ({"endpoint": f"http://{'x' * 64}.com/v1", "name": "x"}, r"model\.endpoint: got 'http"),
+        ({"endpoint": f"http://{'ü' * 80}.com/v1", "name": "x"}, r"model\.endpoint: got 'http"),
+        ({"endpoint": "http://x\ny/v1", "name": "x"}, r"model\.endpoint: got 'http"),
+        ({"endpoint": "http://a:b@[c/v1", "name": "x"}, "got an address with a password"),
+        ({"endpoint": "http://c/v1?key=a:b", "name": "x"}, "got an address with a password or a"),
+        (
+            {"endpoint": "http://c/v1", "name": "x", "key_env": "sk-a:b"},
+            r"model\.key_env: got what is no name of a variable",
+        ),
         ({"endpoint": "http://c/v1"}, r"model\.name: got nothing"),
         (
             {"endpoint": "http://c/v1", "name": "x", "key_env": "BIDISTILL_NOT_SET"},
@@ -251,3 +263,36 @@ def test_chats_that_ask_nothing(tmp_path, messages):
 
     with pytest.raises(UserError, match="chat: got"):
         Writer(Silent(), tmp_path / CACHE_NAME).write([messages])
+
+
+@pytest.mark.parametrize(
+    "key", ["zembla\nsecret", "zembla\tsecret", "zembla-клю-secret", "zembla\x7f"]
+)
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("ZEMBLA_KEY", key)
+    config = WriterConfig(endpoint="http://localhost/v1", name="x", key_env="ZEMBLA_KEY")
+    with pytest.raises(UserError, match=r"model\.key_env: got ZEMBLA_KEY, .*ASCII") as caught:
+        make_writer(config, tmp_path)
+    assert "zembla" not in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("key", ["sk-secret", "sk'\\\"secret"])
+@pytest.mark.parametrize("status", [200, 401])
+def test_a_server_that_repeats_the_key_gives_nothing_away(tmp_path, monkeypatch, key, status):
+    monkeypatch.setenv("ZEMBLA_KEY", key)
+    fake = FakeEndpoint(lambda messages: {"error": f"{'x' * 150} wrong key {key} {'y' * 90}"})
+    fake.answer = lambda body, given: (status, {"error": f"{'x' * 160} wrong key {key}"})
+    with fake.address() as address, pytest.raises(UserError, match=r"wrong key \*\*\*") as caught:
+        served(address, tmp_path, key_env="ZEMBLA_KEY").write([chat("Why?")])
+    for error in (caught.value, caught.value.__cause__, caught.value.__context__):
+        assert "secret" not in str(error)
+        assert "sk" not in str(error).replace("ask", "")
+
+
+def test_half_a_surrogate_is_kept_as_the_sign_for_what_is_missing(tmp_path):
+    with FakeEndpoint(lambda messages: "So \ud83d\ude00, \ud83d").address() as address:
+        writer = served(address, tmp_path)
+        assert writer.write([chat("Why?")]) == ["So \U0001f600, \ufffd"]
+        assert writer.write([chat("Why?")]) == ["So \U0001f600, \ufffd"]
+    assert writer.asked == 1
