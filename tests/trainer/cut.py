@@ -124,13 +124,15 @@ def train(case: Case, world: World) -> Outcome:
     return outcome(model, log)
 
 
-def model_of(case: Case, world: World, seed: int = 0) -> Any:
+def model_of(case: Case, world: World) -> Any:
     """A model in training, shared out among the ranks."""
     config = config_of(case)
-    model: Any = make_model(tied=case.tied, seed=seed)
+    model: Any = make_model(tied=case.tied)
     if config.model.adapter:
         model = add_adapter(model, config.model.adapter)
-        randomise_adapters(model, seed)
+        randomise_adapters(model)
+        for parameter in checkpoint.trainable(model).values():
+            parameter.data *= 0.1  # a smooth model does not make much of rounding
     if case.training == "full, head frozen":
         model.lm_head.weight.requires_grad_(False)
     attach_distill_step(model)
@@ -190,7 +192,10 @@ def saved(case: Case, folder: Path) -> dict[str, Tensor]:
 def restored(case: Case, folder: Path, alone: bool = False) -> dict[str, Tensor]:
     """Load the checkpoint into another model; returns what `saved` does."""
     world = World() if alone else join()
-    model = model_of(case, world, seed=1)
+    model = model_of(case, world)
+    with torch.no_grad():  # what is loaded must not have been there before
+        for parameter in checkpoint.trainable(model).values():
+            parameter.mul_(-0.5)
     optimizer = make_optimizer(list(checkpoint.trainable(model).values()), OptimConfig())
     path = checkpoint.latest(folder)
     assert path is not None
