@@ -26,6 +26,7 @@ from bidistill.settings import (
     plain,
 )
 
+Combine = Literal["sum", "pcgrad", "mgda", "ngdiff"]
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -153,6 +154,8 @@ class TrainConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     objectives: dict[Role, ObjectiveConfig]
     """One loss for each role that takes part."""
+    combine: Combine = "sum"
+    """How the roles' gradients become one: see ``bidistill/combine.py``."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     steps: AtLeastOne
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -23,21 +23,23 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bidistill import checkpoint, contrastive, export, run_folder
+from bidistill import checkpoint, combine, contrastive, export, run_folder
 from bidistill.config import OptimConfig, TrainConfig, require_objectives
 from bidistill.data.build import build_store
 from bidistill.data.loader import Batch, RoleLoader
-from bidistill.data.records import ROLES
+from bidistill.data.packing import Packed
+from bidistill.data.records import ROLES, Role
 from bidistill.data.views import Example
 from bidistill.errors import UserError
 from bidistill.models import attach_distill_step, load_model, load_tokenizer, read_logit_transform
-from bidistill.objectives import Objectives, StepResult
+from bidistill.objectives import Objectives, StepLoss, StepResult
 from bidistill.progress import say, track
 from bidistill.teacher import HiddenCache, contexts_of
 
@@ -62,11 +64,41 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
         SystemExit: the run was interrupted (code 130), after a checkpoint.
     """
     result = config.output / ("model" if config.model.adapter is None else "adapter")
-    _check(config)
     run_folder.check(config, resume)
     if resume and result.exists():
         say(f"{result}: finished already")
         return result
+    parts = prepare(config)
+    model = parts.model
+    run_folder.begin(config)  # nothing was written so far, and little can fail from here on
+    train(config, parts.model, parts.loader, parts.objectives, parts.cache)
+    if isinstance(model, PeftModel):
+        export.weaken(model, config.model.adapter.strength)  # type: ignore
+        export.save_adapter(model, result)
+    else:
+        export.save_merged(model, parts.tokenizer, result)
+    say(f"wrote {result}")
+    return result
+
+
+class Parts(NamedTuple):
+    """What a recipe is made into before the first step."""
+
+    model: PreTrainedModel | PeftModel
+    """With ``distill_step`` attached."""
+    tokenizer: PreTrainedTokenizerBase
+    loader: RoleLoader
+    objectives: Objectives
+    cache: HiddenCache | None
+
+
+def prepare(config: TrainConfig) -> Parts:
+    """Load and build all that training needs; nothing is written to the output folder.
+
+    Raises:
+        UserError: something in the recipe or the files it names cannot be used.
+    """
+    _check(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(config.model.path)
@@ -81,7 +113,8 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
     )
     loader = RoleLoader(examples, data.per_step, config.seed, bucket=data.bucket)
     model = load_model(config.model, config.seed)
-    objectives = Objectives(config.objectives, read_logit_transform(model))
+    apart = () if config.combine == "sum" else sampled(config)
+    objectives = Objectives(config.objectives, read_logit_transform(model), apart)
     attach_distill_step(model)
     adapter, cache = config.model.adapter, None
     with _autocast(config, model):
@@ -89,15 +122,7 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
             contrastive.initialise(model, _used(examples, config), adapter)
         if objectives.need_teacher and config.teacher.cache:
             cache = HiddenCache(model, _used(examples, config))
-    run_folder.begin(config)  # nothing was written so far, and little can fail from here on
-    train(config, model, loader, objectives, cache)
-    if isinstance(model, PeftModel):
-        export.weaken(model, config.model.adapter.strength)  # type: ignore
-        export.save_adapter(model, result)
-    else:
-        export.save_merged(model, tokenizer, result)
-    say(f"wrote {result}")
-    return result
+    return Parts(model, tokenizer, loader, objectives, cache)
 
 
 @dataclass
@@ -178,23 +203,18 @@ def train_step(
         step: number of the step, from 0.
 
     Returns:
-        The line of the log: step (from 1), loss and loss per role in nats per row, grad_norm
-        before clipping, lr, tokens of the student's pack, rows, skipped, step_ms.
+        The line of the log: step (from 1), loss and loss per role in nats per row, the cosine of
+        each pair of roles' gradients if the combiner needs them, grad_norm before clipping, lr,
+        tokens of the student's pack, rows, skipped, step_ms.
     """
     start = time.perf_counter()
     lr = learning_rate(config.optim, step, config.steps)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    student = batch.student()
-    loss_of_step = objectives.for_step(batch.examples, student)
-    teacher = None
-    if objectives.need_teacher:
-        teacher = batch.teacher() if cache is None else cache.for_batch(batch)
     optimizer.zero_grad(set_to_none=True)
-    with _autocast(config, model):
-        result: StepResult = model.distill_step(student, loss_of_step, teacher)  # type: ignore
-    result.loss.backward()
+    student, loss_of_step, result = forward(config, model, objectives, cache, batch)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    cosines = combine.backward(result, parameters, config.combine, f"{config.seed}/{step}")
     norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
     loss, grad_norm = torch.stack([result.loss.detach(), norm]).tolist()
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -205,6 +225,7 @@ def train_step(
         "step": step + 1,
         "loss": loss,
         **{f"loss/{role}": total / count for role, total, count in sums if count},
+        **{f"cosine/{one}/{other}": value for (one, other), value in cosines.items()},
         "grad_norm": grad_norm,
         "lr": lr,
         "tokens": student.input_ids.numel(),
@@ -212,6 +233,32 @@ def train_step(
         "skipped": int(not finite),
         "step_ms": round(1e3 * (time.perf_counter() - start), 1),
     }
+
+
+def forward(
+    config: TrainConfig,
+    model: nn.Module,
+    objectives: Objectives,
+    cache: HiddenCache | None,
+    batch: Batch,
+) -> tuple[Packed, StepLoss, StepResult]:
+    """Run teacher, student and losses; arguments as in :func:`train_step`.
+
+    Returns:
+        The student's pack, the loss bound to its rows, and what the loss returned.
+    """
+    student = batch.student()
+    loss_of_step = objectives.for_step(batch.examples, student)
+    teacher = None
+    if objectives.need_teacher:
+        teacher = batch.teacher() if cache is None else cache.for_batch(batch)
+    with _autocast(config, model):
+        return student, loss_of_step, model.distill_step(student, loss_of_step, teacher)  # type: ignore
+
+
+def sampled(config: TrainConfig) -> list[Role]:
+    """The roles that every step has examples of, in the order of ``ROLES``."""
+    return [role for role in ROLES if config.data.per_step.get(role)]
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
@@ -247,7 +294,8 @@ def _check(config: TrainConfig) -> None:
 
 def _used(examples: Iterable[Example], config: TrainConfig) -> list[Example]:
     """Those of the roles that are trained."""
-    return [example for example in examples if config.data.per_step.get(example.role)]
+    roles = sampled(config)
+    return [example for example in examples if example.role in roles]
 
 
 def _autocast(config: TrainConfig, model: nn.Module) -> AbstractContextManager[object]:
