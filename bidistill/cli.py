@@ -194,6 +194,39 @@ def diagnose(data: Path, model: Path | None, out: Path, samples: int, seed: int)
 
 
 @cli.command()
+@click.argument("recipe", type=FILE)
+@OVERRIDES
+@click.option("--out", type=FOLDER, required=True, help="Folder for the report.")
+@click.option(
+    "--every",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Steps of training between two measurements.",
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Stop after so many of the recipe's.")
+def gradients(
+    recipe: Path, overrides: Sequence[str], out: Path, every: int, steps: int | None
+) -> None:
+    """Measure whether the roles' gradients agree.
+
+    Trains by RECIPE, keeping nothing of it, and looks at each pair of roles now and then: the
+    cosine of their gradients, and what a small step for the one does to the loss of the other.
+    Writes gradients.md, gradients.json and a picture. KEY=VALUE changes a setting of the recipe.
+
+    \b
+    Example:
+      bidistill gradients recipe.yaml --out runs/gradients --every 5
+    """
+    from bidistill.config import load_config
+
+    config = load_config(recipe, overrides)
+    from bidistill.diagnose.gradients import run
+
+    run(config, out, every=every, steps=steps)
+
+
+@cli.command()
 @click.argument("run_dir", type=FOLDER)
 def report(run_dir: Path) -> None:
     """Write the report of a run.

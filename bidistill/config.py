@@ -26,6 +26,7 @@ from bidistill.settings import (
     plain,
 )
 
+Combine = Literal["sum", "pcgrad", "mgda", "ngdiff"]
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -170,6 +171,8 @@ class TrainConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     objectives: dict[Role, ObjectiveConfig]
     """One loss for each role that takes part."""
+    combine: Combine = "sum"
+    """How the roles' gradients become one: see ``bidistill/combine.py``."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     steps: AtLeastOne

@@ -1,7 +1,8 @@
 """What each role is trained for: its loss, its weight and the answer rows that count.
 
 The loss of a step is a sum over the rows of all roles, divided once by the number of rows. Roles
-that share a loss and its options go through one fused call, which reads the LM head once.
+that share a loss and its options go through one fused call, which reads the LM head once; where
+roles are kept apart, to combine their gradients, each has a call of its own.
 
 Legend: N answer rows, H hidden width, V vocabulary, R roles.
 """
@@ -9,6 +10,7 @@ Legend: N answer rows, H hidden width, V vocabulary, R roles.
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +46,8 @@ class StepResult(NamedTuple):
     """Weighted sum over rows, divided by the number of rows of the step; nats."""
     role_sums: Float[Tensor, " R"]
     """Unweighted loss summed over the rows of each role, in the order of ``ROLES``; detached."""
+    role_losses: Mapping[Role, Float[Tensor, ""]] = MappingProxyType({})
+    """Shares of `loss` by role, of those that are kept apart; they add up to it, to the bit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +65,24 @@ class Objectives:
     Args:
         configs: one objective for each role that takes part.
         transform: what the model does to the output of its head; the teacher's is the same.
+        apart: roles whose losses are wanted one by one: those of every step, or none. Each then
+            has a fused call of its own, which reads the LM head once more.
 
     Raises:
         UserError: an option that the loss does not have.
     """
 
     def __init__(
-        self, configs: Mapping[Role, ObjectiveConfig], transform: LogitTransform | None = None
+        self,
+        configs: Mapping[Role, ObjectiveConfig],
+        transform: LogitTransform | None = None,
+        apart: Collection[Role] = (),
     ) -> None:
         """Check the options and group the roles."""
         self.configs = dict(configs)
         self.transform = transform or LogitTransform()
-        self.terms = _group(configs)
+        self.apart = frozenset(apart)
+        self.terms = _group(configs, self.apart)
 
     @property
     def need_teacher(self) -> bool:
@@ -86,8 +96,9 @@ class Objectives:
             examples: the examples of the step.
             student: their student views, packed in the same order.
         """
-        missing = {example.role for example in examples} - self.configs.keys()
-        assert not missing, f"no objective for {missing}"
+        roles = {example.role for example in examples}
+        assert not roles - self.configs.keys(), f"no objective for {roles - self.configs.keys()}"
+        assert not self.apart or roles <= self.apart, f"{roles - self.apart} are not apart"
         role_of_example = torch.tensor([ROLES.index(example.role) for example in examples])
         role_N = role_of_example[student.sequence]
         return StepLoss(self, student.target, role_N, self._counted(role_N, student.sequence))
@@ -115,7 +126,7 @@ class StepLoss:
         self.role = role_N
         self.counted = counted_N
         self.divisor = int(counted_N.sum())
-        """Rows that the sum is divided by: those of the whole step, where this is a part of it."""
+        """Rows that sums are divided by: those of the whole step, where this is a part of it."""
         self.role_counts = torch.bincount(role_N[counted_N], minlength=len(ROLES)).tolist()
 
     def __call__(
@@ -127,17 +138,23 @@ class StepLoss:
     ) -> StepResult:
         """Run every term's fused loss on its rows."""
         role_sums = torch.zeros(len(ROLES), device=hidden.device, dtype=torch.float64)
-        totals = []
+        totals, role_losses = [], {}
         for term in self.objectives.terms:
             rows = (_member_R(term.roles)[self.role] & self.counted).nonzero().squeeze(1)
+            apart = self.objectives.apart.issuperset(term.roles)
             if len(rows):
                 total, per_row = self._run(term, rows, hidden, weight, bias, teacher)
                 totals.append(total)
                 role_sums.index_add_(0, self.role[rows].to(hidden.device), per_row)
-        if not totals:
-            # no row counts here; other ranks wait for gradients of all that trains, if of zeros
-            totals.append((hidden[:0] @ weight.T).sum())
-        return StepResult(torch.stack(totals).sum() / self.divisor, role_sums)
+            elif apart:
+                total = _nothing(hidden, weight, bias)
+            if apart:
+                role_losses[term.roles[0]] = total / self.divisor
+        if role_losses:
+            loss = torch.stack(list(role_losses.values())).sum()
+        else:
+            loss = torch.stack(totals or [_nothing(hidden, weight, bias)]).sum() / self.divisor
+        return StepResult(loss, role_sums, role_losses)
 
     def _run(
         self,
@@ -172,22 +189,33 @@ class StepLoss:
         return total, stats.per_token.detach().double()
 
 
+def _nothing(*tensors: Tensor | None) -> Tensor:
+    """Zero, as a function of whatever trains.
+
+    Sharded, all ranks go through as many backward passes, whoever has rows that count: the others
+    wait for a gradient of each parameter, if it is zero.
+    """
+    zeros = [0 * t.sum() for t in tensors if t is not None and t.requires_grad]
+    return torch.stack(zeros).sum() if zeros else torch.zeros(())
+
+
 def _member_R(roles: Collection[Role]) -> Tensor:
     """True for the roles given, in the order of ``ROLES``."""
     return torch.tensor([role in roles for role in ROLES])
 
 
-def _group(configs: Mapping[Role, ObjectiveConfig]) -> tuple[Term, ...]:
-    """Roles by loss and options, in the order of ``ROLES``."""
+def _group(configs: Mapping[Role, ObjectiveConfig], apart: Collection[Role]) -> tuple[Term, ...]:
+    """Roles by loss and options, in the order of ``ROLES``; those apart by themselves."""
     groups: dict[tuple[Any, ...], list[Role]] = {}
     for role in ROLES:
         if role not in configs:
             continue
         config = configs[role]
         _check_options(role, config)
-        groups.setdefault((config.loss, *sorted(config.options.items())), []).append(role)
+        alone = role if role in apart else None
+        groups.setdefault((alone, config.loss, *sorted(config.options.items())), []).append(role)
     return tuple(
-        Term(loss=key[0], options=dict(key[1:]), roles=tuple(roles))
+        Term(loss=key[1], options=dict(key[2:]), roles=tuple(roles))
         for key, roles in groups.items()
     )
 

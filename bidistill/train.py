@@ -23,20 +23,20 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bidistill import checkpoint, contrastive, distributed, export, run_folder
+from bidistill import checkpoint, combine, contrastive, distributed, export, run_folder
 from bidistill.attention import use_packed_attention
 from bidistill.config import OptimConfig, TrainConfig, require_objectives
 from bidistill.data.build import build_store
 from bidistill.data.loader import Batch, RoleLoader
 from bidistill.data.packing import Packed
-from bidistill.data.records import ROLES
+from bidistill.data.records import ROLES, Role
 from bidistill.data.views import Example
 from bidistill.errors import UserError
 from bidistill.models import attach_distill_step, load_model, load_tokenizer, read_logit_transform
@@ -66,12 +66,43 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
         SystemExit: the run was interrupted (code 130), after a checkpoint.
     """
     result = config.output / ("model" if config.model.adapter is None else "adapter")
-    _check(config)
     world = join()
     run_folder.check(config, resume)
     if resume and result.exists():
         say(f"{result}: finished already")
         return result
+    ready = prepare(config, world)
+    world.barrier()  # all have looked at the output folder, and nobody has written
+    if world.first:
+        run_folder.begin(config)  # nothing was written so far, and little can fail from here on
+    train(config, ready.model, ready.loader, ready.objectives, ready.cache, world)
+    _export(config, ready, result, world)
+    say(f"wrote {result}")
+    return result
+
+
+class Ready(NamedTuple):
+    """What a recipe is made into before the first step."""
+
+    model: PreTrainedModel | PeftModel
+    """With its root methods attached, and shared out among the ranks."""
+    tokenizer: PreTrainedTokenizerBase
+    loader: RoleLoader
+    objectives: Objectives
+    cache: HiddenCache | None
+
+
+def prepare(config: TrainConfig, world: World) -> Ready:
+    """Load and build all that training needs; nothing is written to the output folder.
+
+    Args:
+        config: the recipe.
+        world: the ranks that train together; all must call it.
+
+    Raises:
+        UserError: something in the recipe or the files it names cannot be used.
+    """
+    _check(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(config.model.path)
@@ -95,7 +126,8 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
         bucket=data.bucket,
     )
     model = load_model(config.model, config.seed)
-    objectives = Objectives(config.objectives, read_logit_transform(model))
+    apart = () if config.combine == "sum" else sampled(config)
+    objectives = Objectives(config.objectives, read_logit_transform(model), apart)
     attach_distill_step(model)
     adapter, cache = config.model.adapter, None
     with _autocast(config, model):
@@ -104,34 +136,24 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
         distributed.shard(model, parallel, world, getattr(torch, config.model.dtype))
         if objectives.need_teacher and config.teacher.cache:
             cache = HiddenCache(model, _used(examples, config))
-    world.barrier()  # all have looked at the output folder, and nobody has written
-    if world.first:
-        run_folder.begin(config)  # nothing was written so far, and little can fail from here on
-    train(config, model, loader, objectives, cache, world)
-    trained = {n: distributed.whole(p.detach()) for n, p in checkpoint.trainable(model).items()}
-    if world.first:
-        _export(config, model if world.size == 1 else None, trained, tokenizer, result)
-    world.barrier()
-    say(f"wrote {result}")
-    return result
+    return Ready(model, tokenizer, loader, objectives, cache)
 
 
-def _export(
-    config: TrainConfig,
-    model: nn.Module | None,
-    trained: dict[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    result: Path,
-) -> None:
-    """Write what was trained; where the model is shared out, into one that is loaded anew."""
-    if model is None:
-        model = load_model(config.model, config.seed)
-        model.load_state_dict(trained, strict=False)
-    if isinstance(model, PeftModel):
+def _export(config: TrainConfig, ready: Ready, result: Path, world: World) -> None:
+    """Write what was trained; where the model is shared out, by way of one that is loaded anew."""
+    model = ready.model
+    if world.size > 1:
+        named = checkpoint.trainable(model)
+        trained = {name: distributed.whole(p.detach()) for name, p in named.items()}
+        if world.first:
+            model = load_model(config.model, config.seed)
+            model.load_state_dict(trained, strict=False)
+    if world.first and isinstance(model, PeftModel):
         export.weaken(model, config.model.adapter.strength)  # type: ignore
         export.save_adapter(model, result)
-    else:
-        export.save_merged(model, tokenizer, result)
+    elif world.first:
+        export.save_merged(model, ready.tokenizer, result)
+    world.barrier()
 
 
 @dataclass
@@ -220,8 +242,8 @@ def train_step(
 
     Returns:
         The line of the log, the same on all ranks but for step_ms: step (from 1), loss and loss per
-        role in nats per row, grad_norm before clipping, lr, tokens of the student's packs, rows,
-        skipped, step_ms.
+        role in nats per row, the cosine of each pair of roles' gradients if the combiner needs
+        them, grad_norm before clipping, lr, tokens of the student's packs, rows, skipped, step_ms.
     """
     start = time.perf_counter()
     world = world or World()
@@ -231,13 +253,24 @@ def train_step(
     parts = [Part(part, objectives) for part in batch.parts]
     sizes = [[part.student.input_ids.numel(), *part.loss.role_counts] for part in parts]
     tokens, *counts = world.sum([sum(column) for column in zip(*sizes, strict=True)]).tolist()
+    results: list[StepResult] = []
+
+    def run_parts() -> Iterator[StepResult]:
+        for part in parts:
+            part.loss.divisor = int(sum(counts))
+            # gradients of single roles are needed whole
+            last = part is parts[-1] or config.combine != "sum"
+            distributed.reduce_gradients(model, after=last)
+            # blocks that are run again in the backward need their attention there, too
+            with use_packed_attention(model) if config.parallel.recompute else nullcontext():
+                results.append(forward(config, model, objectives, cache, part))
+                yield results[-1]
+
     optimizer.zero_grad(set_to_none=True)
-    results = []
-    for part in parts:
-        part.loss.divisor = int(sum(counts))
-        distributed.reduce_gradients(model, after=part is parts[-1])
-        results.append(_backward(config, model, objectives, cache, part, world))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # gradients of the ranks are averaged, and the loss is a sum over all of them
+    seed = f"{config.seed}/{step}"
+    cosines = combine.backward(run_parts(), parameters, config.combine, seed, scale=world.size)
     norm = nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
     sums = torch.stack([torch.stack([r.loss.detach(), *r.role_sums]) for r in results]).sum(0)
     loss, *role_sums = world.sum(sums).tolist()
@@ -251,6 +284,7 @@ def train_step(
         "step": step + 1,
         "loss": loss,
         **{f"loss/{role}": total / count for role, total, count in by_role if count},
+        **{f"cosine/{one}/{other}": value for (one, other), value in cosines.items()},
         "grad_norm": grad_norm,
         "lr": lr,
         "tokens": int(tokens),
@@ -270,25 +304,24 @@ class Part:
         self.loss: StepLoss = objectives.for_step(batch.examples, self.student)
 
 
-def _backward(
+def forward(
     config: TrainConfig,
     model: nn.Module,
     objectives: Objectives,
     cache: HiddenCache | None,
     part: Part,
-    world: World,
 ) -> StepResult:
-    """Add the gradients of a part to those of the parts before it."""
+    """Run teacher, student and losses on a part; arguments as in :func:`train_step`."""
     teacher = None
     if objectives.need_teacher:
         teacher = part.batch.teacher() if cache is None else cache.for_batch(part.batch)
-    # blocks that are run again in the backward need their attention there, too
-    with use_packed_attention(model) if config.parallel.recompute else nullcontext():
-        with _autocast(config, model):
-            result: StepResult = model.distill_step(part.student, part.loss, teacher)  # type: ignore
-        # gradients of the ranks are averaged, and the loss is a sum over all of them
-        (result.loss * world.size).backward()
-    return result
+    with _autocast(config, model):
+        return model.distill_step(part.student, part.loss, teacher)  # type: ignore
+
+
+def sampled(config: TrainConfig) -> list[Role]:
+    """The roles that every step has examples of, in the order of ``ROLES``."""
+    return [role for role in ROLES if config.data.per_step.get(role)]
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:

@@ -115,7 +115,7 @@ def _gap_table(comparisons: Mapping[str, Comparison]) -> list[str]:
         for form, gap in comparison.gaps.items():
             values = [_shown(getattr(gap, measure)) for measure in MEASURES]
             rows.append([pair, FORMS[form], *values, _p_shown(gap)])
-    return _table(["roles", "form", *map(_title, MEASURES), "p of MMD²"], rows)
+    return table(["roles", "form", *map(_title, MEASURES), "p of MMD²"], rows)
 
 
 def _change_table(comparisons: Mapping[str, Comparison]) -> list[str]:
@@ -130,7 +130,7 @@ def _change_table(comparisons: Mapping[str, Comparison]) -> list[str]:
             rows.append([pair, f"{FORMS[old]} → {FORMS[new]}", *cells])
     if not rows:
         return ["", "Every pair was measured in one form only."]
-    return _table(["roles", "from → to", *map(_title, MEASURES)], rows)
+    return table(["roles", "from → to", *map(_title, MEASURES)], rows)
 
 
 def _text_table(text: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -151,7 +151,7 @@ def _text_table(text: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 ]
             )
     head = ["role", "form", "texts", "words", "distinct words", "type-token ratio (100 words)"]
-    return _table([*head, "words not in forget", "distinct words not in forget"], rows)
+    return table([*head, "words not in forget", "distinct words not in forget"], rows)
 
 
 def _length_table(text: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -163,10 +163,11 @@ def _length_table(text: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for role, counted in roles.items()
         for name, length in counted["lengths"].items()
     ]
-    return _table(["role", "form", "field", *cuts], rows)
+    return table(["role", "form", "field", *cuts], rows)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table, the first one empty."""
     lines = [head, ["---"] * len(head), *rows]
     return ["", *("| " + " | ".join(line) + " |" for line in lines)]
 

