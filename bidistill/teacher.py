@@ -2,7 +2,8 @@
 
 Its last hidden states at the answer rows are all that a loss needs; logits are never stored. They
 are computed inside the step (``models.attach_distill_step``), or once before the first step and
-kept (:class:`HiddenCache`): the base model does not change, so both give the same rows.
+kept, in memory (:class:`HiddenCache`) or on disk (``teacher_store.TeacherStore``): the base model
+does not change, so all give the same rows.
 
 Legend: N answer rows, H hidden width, V vocabulary.
 """
@@ -10,7 +11,7 @@ Legend: N answer rows, H hidden width, V vocabulary.
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,14 @@ def contexts_of(config: TeacherConfig) -> dict[Role, Sequence[Message]]:
     return {role: config.contexts.get(role, config.default_context) for role in ROLES}
 
 
+class TeacherCache(Protocol):
+    """The teacher's rows of every example, computed before the first step."""
+
+    def for_batch(self, batch: Batch) -> TeacherRows:
+        """The rows of a batch, in the order of its packs."""
+        ...
+
+
 class HiddenCache:
     """The teacher's rows of every example, in memory: H numbers for each answer token.
 
@@ -58,19 +67,11 @@ class HiddenCache:
     def __init__(self, model: nn.Module, examples: Sequence[Example]) -> None:
         """Run the teacher over all examples."""
         self.rows: dict[str, Tensor] = {}
-        self.weight, self.bias = _frozen_head(model)
-        chunks = list(_chunks(examples))
-        for chunk in track(chunks, len(chunks), "teacher"):
-            self._fill(model, chunk)
-
-    @torch.no_grad()
-    def _fill(self, model: nn.Module, examples: Sequence[Example]) -> None:
-        """One forward over a pack, split into the rows of each example."""
-        with adapters_off(model):
-            hidden = hidden_rows(model, Batch(tuple(examples)).teacher())
-        lengths = [len(example.answer_ids) for example in examples]
-        for example, rows in zip(examples, hidden.split(lengths), strict=True):
-            self.rows[example.id] = rows.cpu()  # an accelerator's memory is for training
+        self.weight, self.bias = frozen_head(model)
+        packs = list(chunks(examples))
+        for pack in track(packs, len(packs), "teacher"):
+            for example, rows in zip(pack, teacher_rows(model, pack), strict=True):
+                self.rows[example.id] = rows
 
     def for_batch(self, batch: Batch) -> TeacherRows:
         """The rows of a batch, in the order of its packs."""
@@ -78,7 +79,27 @@ class HiddenCache:
         return TeacherRows(hidden, self.weight, self.bias)
 
 
-def _frozen_head(model: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+@torch.no_grad()
+def teacher_rows(model: nn.Module, examples: Sequence[Example]) -> list[Tensor]:
+    """Run the teacher over one pack of examples.
+
+    Args:
+        model: the student, its weights as they were before training; its adapters are off inside.
+        examples: few enough for one forward, such as :func:`chunks` gives.
+
+    Returns:
+        The rows of each example, shape (N, H) with N its answer tokens; on the CPU, as an
+        accelerator's memory is for training.
+    """
+    training = model.training
+    model.eval()  # the teacher knows no dropout
+    with adapters_off(model):
+        hidden = hidden_rows(model, Batch(tuple(examples)).teacher())
+    model.train(training)
+    return list(hidden.cpu().split([len(example.answer_ids) for example in examples]))
+
+
+def frozen_head(model: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """Copies of the head's weight and bias if they will change; None where the student's serve."""
     head = model.get_output_embeddings()  # type: ignore
     parameters = [head.weight, getattr(head, "bias", None)]
@@ -88,8 +109,15 @@ def _frozen_head(model: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return weight, bias
 
 
-def _chunks(examples: Sequence[Example]) -> Iterator[list[Example]]:
-    """Examples of one context together, so that what they share is computed once in a chunk."""
+def chunks(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """Examples of one context together, so that what they share is computed once in a chunk.
+
+    Args:
+        examples: at least one.
+
+    Yields:
+        Examples with at most ``CHUNK_TOKENS`` tokens in all, or a longer one alone.
+    """
     chunk: list[Example] = []
     tokens = 0
     for example in sorted(examples, key=lambda e: (e.teacher.context, _length(e))):

@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,12 +34,20 @@ from bidistill.config import OptimConfig, TrainConfig, require_objectives
 from bidistill.data.build import build_store
 from bidistill.data.loader import Batch, RoleLoader
 from bidistill.data.records import ROLES
+from bidistill.data.store import TokenStore
 from bidistill.data.views import Example
 from bidistill.errors import UserError
-from bidistill.models import attach_distill_step, load_model, load_tokenizer, read_logit_transform
+from bidistill.models import (
+    attach_distill_step,
+    autocast,
+    load_model,
+    load_tokenizer,
+    read_logit_transform,
+)
 from bidistill.objectives import Objectives, StepResult
 from bidistill.progress import say, track
-from bidistill.teacher import HiddenCache, contexts_of
+from bidistill.teacher import HiddenCache, TeacherCache, contexts_of
+from bidistill.teacher_cache import rows_on_disk
 
 CHECKPOINTS = "checkpoints"
 STOPPED = 130
@@ -87,8 +95,8 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
     with _autocast(config, model):
         if adapter and adapter.contrast:
             contrastive.initialise(model, _used(examples, config), adapter)
-        if objectives.need_teacher and config.teacher.cache:
-            cache = HiddenCache(model, _used(examples, config))
+        if objectives.need_teacher:
+            cache = _cache(config, model, examples)
     run_folder.begin(config)  # nothing was written so far, and little can fail from here on
     train(config, model, loader, objectives, cache)
     if isinstance(model, PeftModel):
@@ -115,7 +123,7 @@ def train(
     model: nn.Module,
     loader: RoleLoader,
     objectives: Objectives,
-    cache: HiddenCache | None,
+    cache: TeacherCache | None,
 ) -> None:
     """Run the remaining steps, from the latest checkpoint if there is one.
 
@@ -162,7 +170,7 @@ def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     objectives: Objectives,
-    cache: HiddenCache | None,
+    cache: TeacherCache | None,
     batch: Batch,
     step: int,
 ) -> dict[str, Any]:
@@ -238,11 +246,18 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 def _check(config: TrainConfig) -> None:
     """Refuse what each part of the recipe allows, but not together."""
     require_objectives(config)
-    if config.model.adapter is None and not config.teacher.cache:
+    if config.model.adapter is None and config.teacher.cache == "off":
         raise UserError(
-            "teacher.cache: got false while all weights train, expected true; the base model is "
-            "gone after the first step, so its rows must be kept"
+            "teacher.cache: got off while all weights train, expected memory or disk; the base "
+            "model is gone after the first step, so its rows must be kept"
         )
+
+
+def _cache(config: TrainConfig, model: nn.Module, examples: TokenStore) -> TeacherCache | None:
+    """The teacher's rows where the recipe wants them; None computes them in each step."""
+    if config.teacher.cache == "disk":
+        return rows_on_disk(config, model, examples)
+    return HiddenCache(model, _used(examples, config)) if config.teacher.cache == "memory" else None
 
 
 def _used(examples: Iterable[Example], config: TrainConfig) -> list[Example]:
@@ -251,10 +266,7 @@ def _used(examples: Iterable[Example], config: TrainConfig) -> list[Example]:
 
 
 def _autocast(config: TrainConfig, model: nn.Module) -> AbstractContextManager[object]:
-    """bf16 compute over fp32 masters, if the recipe asks for it."""
-    if config.model.dtype == "float32":
-        return nullcontext()
-    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16)
+    return autocast(config.model, model)
 
 
 @contextmanager
