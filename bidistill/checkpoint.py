@@ -25,9 +25,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from bidistill.errors import UserError
 from bidistill.files import write_json
@@ -84,7 +88,7 @@ def save(
     tensors |= {f"random/{world.rank}/{name}": t for name, t in _random_states().items()}
     with _quiet():
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
+        save_tensors(tensors, storage_writer=writer, no_dist=world.size == 1)
     world.barrier()
     if world.first:
         write_json(temporary / STATE, state)
@@ -137,7 +141,7 @@ def load(
     random = {f"{own}{name}": t for name, t in _random_states().items() if f"{own}{name}" in known}
     with _readable(path), _quiet():
         wanted = {**weights, **moments, **random}
-        dcp.load(wanted, storage_reader=reader, no_dist=world.size == 1)
+        load_tensors(wanted, storage_reader=reader, no_dist=world.size == 1)
     _restore_moments(parameters, optimizer, moments)
     _restore_random_states({name.rpartition("/")[2]: tensor for name, tensor in random.items()})
     return state

@@ -119,6 +119,29 @@ def teacher_check(recipe: Path, overrides: Sequence[str], probes: Path | None) -
     check_main(config, probes=probes)
 
 
+@cli.command("teacher-cache")
+@click.argument("recipe", type=FILE)
+@OVERRIDES
+@click.option("--check", is_flag=True, help="Only compare what is there with its checksums.")
+def teacher_cache(recipe: Path, overrides: Sequence[str], check: bool) -> None:
+    """Run the teacher once and keep its rows on disk.
+
+    bidistill train reads them where the recipe has teacher.cache: disk. Rows that are there stay
+    unless they are damaged. KEY=VALUE changes a setting of the recipe.
+
+    \b
+    Examples:
+      bidistill teacher-cache recipe.yaml
+      bidistill teacher-cache recipe.yaml --check
+    """
+    from bidistill.config import load_config
+
+    config = load_config(recipe, overrides)
+    from bidistill.teacher_cache import main
+
+    main(config, check=check)
+
+
 @cli.command()
 @click.argument("recipe", type=FILE, required=False)
 @OVERRIDES

@@ -79,15 +79,13 @@ def backward(
 def _added(
     before: list[list[Tensor | None]] | None, more: list[list[Tensor | None]]
 ) -> list[list[Tensor | None]]:
-    """Gradients of the same losses, summed in place."""
+    """Gradients of the same losses, summed."""
     if before is None:
         return more
     for row, other in zip(before, more, strict=True):
         for i, gradient in enumerate(other):
-            if row[i] is None:
-                row[i] = gradient
-            elif gradient is not None:
-                row[i] += gradient
+            total = row[i]
+            row[i] = gradient if total is None else total if gradient is None else total + gradient
     return before
 
 
@@ -116,7 +114,8 @@ def pcgrad(gram_KK: Float64[Tensor, "K K"], draw: random.Random) -> Float64[Tens
 
     For each k: h = g_k; for all l != k in random order, if <h, g_l> < 0:
     h <- h - <h, g_l> / |g_l|^2 g_l. The direction is the sum of the h. Every h is a combination of
-    the original gradients, so its coefficients are all there is to keep.
+    the original gradients, so its coefficients are all there is to keep. A negligible gradient has
+    a direction by chance alone, and nothing is taken out along it.
 
     Args:
         gram_KK: inner products of the gradients.
@@ -129,8 +128,11 @@ def pcgrad(gram_KK: Float64[Tensor, "K K"], draw: random.Random) -> Float64[Tens
     """
     K = len(gram_KK)
     rows_KK = torch.eye(K, dtype=gram_KK.dtype)
+    noise_K = negligible(gram_KK.diagonal().sqrt()).tolist()
     for k in range(K):
         for other in draw.sample([i for i in range(K) if i != k], K - 1):
+            if noise_K[other]:
+                continue
             product = rows_KK[k] @ gram_KK[:, other]
             if product < 0:
                 rows_KK[k, other] -= product / gram_KK[other, other]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from bidistill.data.records import Role
 from bidistill.errors import UserError
@@ -28,6 +28,11 @@ from bidistill.settings import (
 
 Combine = Literal["sum", "pcgrad", "mgda", "ngdiff"]
 LINEAR_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _cache_kind(value: object) -> object:
+    """True and false, of recipes from before there was a choice, as the words for them."""
+    return ("memory" if value else "off") if isinstance(value, bool) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,8 +113,11 @@ class TeacherConfig:
     """Messages put before the question in the teacher's view, by role."""
     default_context: tuple[Message, ...] = ()
     """Messages for the roles that ``contexts`` does not name."""
-    cache: bool = True
-    """Compute the teacher's hidden rows once, before the first step, and keep them in memory."""
+    cache: Annotated[Literal["memory", "disk", "off"], BeforeValidator(_cache_kind)] = "memory"
+    """Compute the teacher's hidden rows once, before the first step, and keep them there; ``off``
+    computes them in each step. ``true`` is ``memory``, ``false`` is ``off``."""
+    cache_folder: Path | None = None
+    """Folder for rows on disk; ``null``: ``teacher`` in bidistill's folder in the user's cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -99,7 +99,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def recompute_blocks(model: nn.Module) -> None:
     """Keep the inputs of the blocks alone, and run each block again in the backward."""
-    from torch.distributed._composable import checkpoint
+    from torch.distributed._composable.checkpoint_activation import checkpoint
 
     for block in blocks(model):
         checkpoint(block)

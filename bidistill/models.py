@@ -11,7 +11,7 @@ import math
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -100,7 +100,7 @@ def load_base(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTraine
     Raises:
         UserError: the folder is missing, holds no model or no safetensors file, or lacks weights.
     """
-    folder = _model_folder(path)
+    folder = model_folder(path)
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             f"model.path: got {path}, which holds no *.safetensors file; "
@@ -138,7 +138,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         UserError: the folder is missing or holds no tokenizer.
     """
-    folder = _model_folder(path)
+    folder = model_folder(path)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -146,14 +146,25 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise UserError(f"model.path: no tokenizer can be loaded from {path} ({reason})") from None
 
 
-def _model_folder(path: str | Path) -> Path:
-    """``path`` as a folder that holds a config.json."""
+def model_folder(path: str | Path) -> Path:
+    """``path`` as a folder that holds a config.json.
+
+    Raises:
+        UserError: it does not.
+    """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(f"model.path: got {path}, expected a folder with a model; none is there")
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path: {path} holds no config.json; expected a transformers model")
     return folder
+
+
+def autocast(config: ModelConfig, model: nn.Module) -> AbstractContextManager[object]:
+    """bf16 compute over fp32 masters where the recipe asks for bf16; nothing else where not."""
+    if config.dtype == "float32":
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16)
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -260,7 +271,7 @@ def attach_distill_step(model: nn.Module) -> None:
     head = model.get_output_embeddings()  # type: ignore
     head.forward = types.MethodType(_head_forward, head)
     model.distill_step = types.MethodType(_distill_step, model)  # type: ignore
-    model.teacher_rows = types.MethodType(_teacher_rows, model)  # type: ignore
+    model.teacher_rows = types.MethodType(base_rows, model)  # type: ignore
 
 
 def _distill_step(
@@ -268,20 +279,20 @@ def _distill_step(
 ) -> object:
     """Teacher, student and loss in one method of the root module."""
     if isinstance(teacher, Packed):
-        teacher = TeacherRows(_teacher_rows(self, teacher))
+        teacher = TeacherRows(base_rows(self, teacher))
     hidden = hidden_rows(self, student)
     head = self.get_output_embeddings()  # type: ignore
     return head(hidden, fused=lambda *student_side: loss(*student_side, teacher))
 
 
 @torch.no_grad()
-def _teacher_rows(self: nn.Module, packed: Packed) -> Float[Tensor, "N H"]:
-    """Hidden rows of the base model, which knows no dropout."""
-    training = self.training
-    self.eval()
-    with adapters_off(self):
-        hidden = hidden_rows(self, packed)
-    self.train(training)
+def base_rows(model: nn.Module, packed: Packed) -> Float[Tensor, "N H"]:
+    """Hidden rows of the base model, which knows no adapters and no dropout."""
+    training = model.training
+    model.eval()
+    with adapters_off(model):
+        hidden = hidden_rows(model, packed)
+    model.train(training)
     return hidden
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from bidistill import about
+from bidistill import about, settings
 from bidistill.config import TrainConfig, as_dict
 from bidistill.errors import UserError
 from bidistill.files import atomic_path, write_json
@@ -42,7 +42,8 @@ def check(config: TrainConfig, resume: bool) -> None:
             "use --resume to go on with that run, or choose another output"
         )
     begun = json.loads(path.read_text(encoding="utf-8"))["config"]
-    if changed := _changed_key(begun, as_dict(config)):
+    # read as a recipe is, so that settings of an earlier version have the form of this one
+    if changed := _changed_key(as_dict(settings.check(TrainConfig, begun)), as_dict(config)):
         key, old, new = changed
         raise UserError(
             f"{key}: got {new}, expected {old} as this run began; undo the change to resume, "

@@ -2,15 +2,17 @@
 
 Its last hidden states at the answer rows are all that a loss needs; logits are never stored. They
 are computed inside the step (``models.attach_distill_step``), or once before the first step and
-kept (:class:`HiddenCache`): the base model does not change, so both give the same rows.
+kept, in memory (:class:`HiddenCache`) or on disk (``teacher_store.TeacherStore``): the base model
+does not change, so all give the same rows.
 
 Legend: N answer rows, H hidden width, V vocabulary.
 """
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from bidistill.distributed import put_back, whole
 from bidistill.evaluation.detectors import refuses, says_fact
 from bidistill.evaluation.generation import generate
 from bidistill.evaluation.probes import Probe, read_probes
-from bidistill.models import TeacherRows, adapters_off, load_base, load_tokenizer
+from bidistill.models import TeacherRows, adapters_off, base_rows, load_base, load_tokenizer
 from bidistill.progress import say, track
 
 CHUNK_TOKENS = 8192
@@ -45,6 +47,14 @@ def contexts_of(config: TeacherConfig) -> dict[Role, Sequence[Message]]:
     return {role: config.contexts.get(role, config.default_context) for role in ROLES}
 
 
+class TeacherCache(Protocol):
+    """The teacher's rows of every example, computed before the first step."""
+
+    def for_batch(self, batch: Batch) -> TeacherRows:
+        """The rows of a batch, in the order of its packs."""
+        ...
+
+
 class HiddenCache:
     """The teacher's rows of every example, in memory: H numbers for each answer token.
 
@@ -52,26 +62,19 @@ class HiddenCache:
     weights train. Where the head trains too, a frozen copy of it belongs to the cache.
 
     Args:
-        model: the student, untrained, with its root methods attached; where it is shared out, all
-            ranks fill their caches together.
+        model: the student, untrained.
         examples: all examples that may come up.
     """
 
     def __init__(self, model: nn.Module, examples: Sequence[Example]) -> None:
         """Run the teacher over all examples."""
         self.rows: dict[str, Tensor] = {}
-        self.weight, self.bias = _frozen_head(model)
-        chunks = list(_chunks(examples))
-        for chunk in track(chunks, len(chunks), "teacher"):
-            self._fill(model, chunk)
+        self.weight, self.bias = frozen_head(model)
+        packs = list(chunks(examples))
+        for pack in track(packs, len(packs), "teacher"):
+            for example, rows in zip(pack, teacher_rows(model, pack), strict=True):
+                self.rows[example.id] = rows
         put_back(model)
-
-    def _fill(self, model: nn.Module, examples: Sequence[Example]) -> None:
-        """One forward over a pack, split into the rows of each example."""
-        hidden = model.teacher_rows(Batch(tuple(examples)).teacher())  # type: ignore
-        lengths = [len(example.answer_ids) for example in examples]
-        for example, rows in zip(examples, hidden.split(lengths), strict=True):
-            self.rows[example.id] = rows.cpu()  # an accelerator's memory is for training
 
     def for_batch(self, batch: Batch) -> TeacherRows:
         """The rows of a batch, in the order of its packs."""
@@ -79,7 +82,24 @@ class HiddenCache:
         return TeacherRows(hidden, self.weight, self.bias)
 
 
-def _frozen_head(model: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+def teacher_rows(model: nn.Module, examples: Sequence[Example]) -> list[Tensor]:
+    """Run the teacher over one pack of examples.
+
+    Args:
+        model: the student, its weights as they were before training; its adapters are off inside.
+            Where it is shared out, all ranks run the same packs.
+        examples: few enough for one forward, such as :func:`chunks` gives.
+
+    Returns:
+        The rows of each example, shape (N, H) with N its answer tokens; on the CPU, as an
+        accelerator's memory is for training.
+    """
+    run = getattr(model, "teacher_rows", None) or partial(base_rows, model)
+    hidden = run(Batch(tuple(examples)).teacher())
+    return list(hidden.cpu().split([len(example.answer_ids) for example in examples]))
+
+
+def frozen_head(model: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """Copies of the head's weight and bias if they will change; None where the student's serve."""
     head = model.get_output_embeddings()  # type: ignore
     parameters = [head.weight, getattr(head, "bias", None)]
@@ -89,8 +109,15 @@ def _frozen_head(model: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return weight, bias
 
 
-def _chunks(examples: Sequence[Example]) -> Iterator[list[Example]]:
-    """Examples of one context together, so that what they share is computed once in a chunk."""
+def chunks(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """Examples of one context together, so that what they share is computed once in a chunk.
+
+    Args:
+        examples: at least one.
+
+    Yields:
+        Examples with at most ``CHUNK_TOKENS`` tokens in all, or a longer one alone.
+    """
     chunk: list[Example] = []
     tokens = 0
     for example in sorted(examples, key=lambda e: (e.teacher.context, _length(e))):

@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -39,10 +39,17 @@ from bidistill.data.packing import Packed
 from bidistill.data.records import ROLES, Role
 from bidistill.data.views import Example
 from bidistill.errors import UserError
-from bidistill.models import attach_distill_step, load_model, load_tokenizer, read_logit_transform
+from bidistill.models import (
+    attach_distill_step,
+    autocast,
+    load_model,
+    load_tokenizer,
+    read_logit_transform,
+)
 from bidistill.objectives import Objectives, StepLoss, StepResult
 from bidistill.progress import say, track
-from bidistill.teacher import HiddenCache, contexts_of
+from bidistill.teacher import HiddenCache, TeacherCache, contexts_of
+from bidistill.teacher_cache import rows_on_disk
 from bidistill.world import World, join
 
 CHECKPOINTS = "checkpoints"
@@ -89,7 +96,7 @@ class Ready(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     loader: RoleLoader
     objectives: Objectives
-    cache: HiddenCache | None
+    cache: TeacherCache | None
 
 
 def prepare(config: TrainConfig, world: World) -> Ready:
@@ -129,12 +136,16 @@ def prepare(config: TrainConfig, world: World) -> Ready:
     apart = () if config.combine == "sum" else sampled(config)
     objectives = Objectives(config.objectives, read_logit_transform(model), apart)
     attach_distill_step(model)
-    adapter, cache = config.model.adapter, None
-    with _autocast(config, model):
+    adapter = config.model.adapter
+    cache: TeacherCache | None = None
+    with autocast(config.model, model):
         if adapter and adapter.contrast:
             contrastive.initialise(model, _used(examples, config), adapter)
+        if objectives.need_teacher and config.teacher.cache == "disk":
+            # by the whole model: ranks fill files of their own
+            cache = rows_on_disk(config, model, examples)
         distributed.shard(model, parallel, world, getattr(torch, config.model.dtype))
-        if objectives.need_teacher and config.teacher.cache:
+        if objectives.need_teacher and config.teacher.cache == "memory":
             cache = HiddenCache(model, _used(examples, config))
     return Ready(model, tokenizer, loader, objectives, cache)
 
@@ -171,7 +182,7 @@ def train(
     model: nn.Module,
     loader: RoleLoader,
     objectives: Objectives,
-    cache: HiddenCache | None,
+    cache: TeacherCache | None,
     world: World | None = None,
 ) -> None:
     """Run the remaining steps, from the latest checkpoint if there is one.
@@ -223,7 +234,7 @@ def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     objectives: Objectives,
-    cache: HiddenCache | None,
+    cache: TeacherCache | None,
     batch: Batch,
     step: int,
     world: World | None = None,
@@ -308,14 +319,14 @@ def forward(
     config: TrainConfig,
     model: nn.Module,
     objectives: Objectives,
-    cache: HiddenCache | None,
+    cache: TeacherCache | None,
     part: Part,
 ) -> StepResult:
     """Run teacher, student and losses on a part; arguments as in :func:`train_step`."""
     teacher = None
     if objectives.need_teacher:
         teacher = part.batch.teacher() if cache is None else cache.for_batch(part.batch)
-    with _autocast(config, model):
+    with autocast(config.model, model):
         return model.distill_step(part.student, part.loss, teacher)  # type: ignore
 
 
@@ -348,23 +359,16 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 def _check(config: TrainConfig) -> None:
     """Refuse what each part of the recipe allows, but not together."""
     require_objectives(config)
-    if config.model.adapter is None and not config.teacher.cache:
+    if config.model.adapter is None and config.teacher.cache == "off":
         raise UserError(
-            "teacher.cache: got false while all weights train, expected true; the base model is "
-            "gone after the first step, so its rows must be kept"
+            "teacher.cache: got off while all weights train, expected memory or disk; the base "
+            "model is gone after the first step, so its rows must be kept"
         )
 
 
 def _used(examples: Iterable[Example], config: TrainConfig) -> list[Example]:
     """Those of the roles that are trained."""
     return [example for example in examples if config.data.per_step.get(example.role)]
-
-
-def _autocast(config: TrainConfig, model: nn.Module) -> AbstractContextManager[object]:
-    """bf16 compute over fp32 masters, if the recipe asks for it."""
-    if config.model.dtype == "float32":
-        return nullcontext()
-    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16)
 
 
 @contextmanager

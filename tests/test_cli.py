@@ -76,7 +76,7 @@ def test_mistake_is_one_line_and_exit_2(capsys, arguments, message):
     assert re.fullmatch(f"error: {message}\n", err)
 
 
-@pytest.mark.parametrize("command", ["train", "teacher-check"])
+@pytest.mark.parametrize("command", ["train", "teacher-check", "teacher-cache"])
 def test_unknown_setting(capsys, recipe, command):
     assert main([command, recipe, "optim.lrr=1"]) == 2
     err = capsys.readouterr().err

@@ -89,6 +89,7 @@ MISTAKES = {
     "data.per_step.retian=1": r"data.per_step.retian: got 'retian', .*; did you mean 'retain'\?",
     "objectives.forget.loss=jds": r"objectives.forget.loss: got 'jds', .*; did you mean 'jsd'\?",
     "zzz=1": "recipe: got unknown key 'zzz', expected .*, threads",
+    "teacher.cache=disc": "teacher.cache: got 'disc', expected .* or 'off'; did you mean 'disk'\\?",
     "steps=0": "steps: got 0, expected greater than or equal to 1",
     "steps=1.5": "steps: got 1.5, expected a valid integer, .*",
     "steps=null": "steps: got nothing, expected a valid integer",
@@ -120,6 +121,15 @@ def test_rejects(recipe, override, message):
     with pytest.raises(UserError) as caught:
         load_config(recipe, [override])
     assert re.fullmatch(message, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [("true", "memory"), ("false", "off"), ("off", "off"), ("disk", "disk"), ("memory", "memory")],
+)
+def test_where_the_teacher_s_rows_are_kept(recipe, value, meant):
+    config = load_config(recipe, [f"teacher.cache={value}"])
+    assert config.teacher.cache == as_dict(config)["teacher"]["cache"] == meant
 
 
 def test_rejects_role_without_objective(recipe):

@@ -17,7 +17,7 @@ Legend: E examples.
 import json
 import mmap
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -108,6 +108,36 @@ class TokenStore(Sequence[Example]):
         self._reads += 1
         if self._reads % RELEASE_EVERY == 0 and isinstance(self._released, mmap.mmap):
             self._released.madvise(mmap.MADV_DONTNEED)
+
+
+class Selection(Sequence[Example]):
+    """The examples of a store that have certain roles, in its order; read when they are asked for.
+
+    Args:
+        store: where they are read from.
+        roles: whose examples belong to it.
+    """
+
+    def __init__(self, store: TokenStore, roles: Collection[Role]) -> None:
+        """Find the examples."""
+        wanted = sorted(ROLES.index(role) for role in roles)
+        self._store, self._indices = store, np.flatnonzero(np.isin(store.roles, wanted))
+        self.digest = sha256(repr((store.digest, wanted)).encode()).hexdigest()[:16]
+        """Says which examples these are."""
+
+    def __len__(self) -> int:
+        """How many examples there are."""
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        """Return one example or several."""
+        if isinstance(index, slice):
+            return [self._store[i] for i in self._indices[index].tolist()]
+        return self._store[int(self._indices[index])]
 
 
 class Encoded(NamedTuple):

@@ -57,6 +57,7 @@ class Case(NamedTuple):
     """In fp64, where an error in the cut shows and rounding does not."""
     live: bool = False
     """Whether the teacher runs in each step; else its rows are kept."""
+    combine: str = "sum"
 
 
 class Outcome(NamedTuple):
@@ -81,6 +82,7 @@ def config_of(case: Case) -> TrainConfig:
         parallel=ParallelConfig(
             shard=case.shard, accumulate=case.accumulate, recompute=case.recompute
         ),
+        combine=case.combine,  # type: ignore
         steps=STEPS,
         output=Path(),
     )
@@ -116,7 +118,7 @@ def train(case: Case, world: World) -> Outcome:
     optimizer = torch.optim.SGD(named.values())
     shares = {"rank": world.rank, "world_size": world.size, "parts": case.accumulate}
     batches = islice(RoleLoader(examples, PER_STEP, 0, **shares), STEPS)
-    objectives = Objectives(OBJECTIVES)
+    objectives = Objectives(OBJECTIVES, apart=() if case.combine == "sum" else PER_STEP)
     log = [
         train_step(config, model, optimizer, objectives, cache, batch, step, world)
         for step, (batch, _) in enumerate(batches)

@@ -70,7 +70,7 @@ def assert_equal(found, expected, bound=EXACT):
     assert relative(found.parameters, expected.parameters) < bound
     for one, other in zip(found.log, expected.log, strict=True):
         for key in one.keys() - {"step_ms", "tokens"}:
-            assert one[key] == pytest.approx(other[key], rel=bound, abs=1e-9), key
+            assert one[key] == pytest.approx(other[key], rel=bound, abs=1e-9, nan_ok=True), key
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -116,7 +116,18 @@ def test_equals_the_whole_run_in_single_precision(ranks, training, tied, size, s
     # gradients: the error that rounding makes in one process, and as much again for other sums
     exact = whole(Case(training, tied)).gradients
     own = max(relative_together(expected.gradients, exact), OWN_ERROR[torch.float32])
-    assert relative_together(found.gradients, exact) < 3 * own < 1e-5
+    assert relative_together(found.gradients, exact) < 3 * own < 1e-4
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("combine", ["pcgrad", "mgda", "ngdiff"])
+@pytest.mark.parametrize(("training", "tied"), MODELS[::3])
+def test_combined_gradients_equal_those_of_the_whole_run(
+    ranks, training, tied, combine, accumulate
+):
+    case = Case(training, tied, accumulate=accumulate, combine=combine)
+    expected = whole(Case(training, tied, combine=combine))
+    assert_equal(ranks(2).run(cut.run, case)[0], expected, 1e-9)
 
 
 @pytest.mark.parametrize("training", ["lora", "full"])

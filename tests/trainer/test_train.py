@@ -83,7 +83,7 @@ def test_learns_and_logs(config, mode):
 
 
 def test_cached_and_live_teacher_train_alike(config, tmp_path):
-    live = replace(config, teacher=replace(config.teacher, cache=False), output=tmp_path / "live")
+    live = replace(config, teacher=replace(config.teacher, cache="off"), output=tmp_path / "live")
     results = [load_file(train.main(c) / WEIGHTS["adapter"]) for c in (config, live)]
     for name, cached in results[0].items():
         torch.testing.assert_close(results[1][name], cached, rtol=1e-2, atol=1e-4)
@@ -187,8 +187,8 @@ def test_changed_data_is_refused_on_resume(config):
             r"no\.jsonl",
         ),
         (
-            lambda c: replace(full(c), teacher=TeacherConfig(cache=False)),
-            "teacher.cache: got false while all weights train",
+            lambda c: replace(full(c), teacher=TeacherConfig(cache="off")),
+            "teacher.cache: got off while all weights train",
         ),
         (
             lambda c: replace(c, objectives={"forget": c.objectives["forget"]}),

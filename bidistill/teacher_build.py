@@ -1,0 +1,216 @@
+"""Making a store of the teacher's rows, on one process or several.
+
+.. code-block:: text
+
+    examples --cut--> files of rows --rank r: files r, r + world_size, ...--> one temporary folder
+             --rank 0, when all have met: index, head, header--> the folder gets its name
+
+How the rows are cut into files depends on the examples, the width and ``FILE_BYTES`` alone, and
+each file is computed by itself. So on machines of one kind the bytes are the same whatever the
+number of ranks; another processor, or another number of threads, may round a last bit differently.
+
+Legend: E examples, H hidden width.
+"""
+
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from bidistill.data.views import Example
+from bidistill.errors import UserError
+from bidistill.files import atomic_path, write_json
+from bidistill.progress import track
+from bidistill.teacher import chunks, frozen_head, teacher_rows
+from bidistill.teacher_store import FORMAT, HEAD, HEADER, INDEX, ROWS, describe, key_of, problem_of
+
+FILE_BYTES = 64 << 20
+"""Of the rows of a file, at most; more only where one example alone has more. As much is held in
+memory while a file is made."""
+
+
+def build_rows(
+    model: nn.Module,
+    examples: Sequence[Example],
+    folder: Path,
+    made_of: Mapping[str, Any],
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> None:
+    """Run the teacher over all examples and write its rows; the folder appears when it is whole.
+
+    The ranks meet twice: before rank 0 writes the header, and once the folder has its name. A
+    rank that fails leaves the others waiting until whoever started them ends them, as torchrun
+    does.
+
+    Args:
+        model: the student, untrained and whole on each rank; its adapters are off inside.
+        examples: at least one; the same ones, in the same order, on each rank.
+        folder: to be made, on a disk that all ranks see.
+        made_of: what the rows follow from, as JSON; written to the header.
+        rank: of this process; None: as ``torch.distributed`` says, or 0 where it is not set up.
+        world_size: number of ranks; None likewise, or 1.
+
+    Raises:
+        UserError: the folder cannot be written.
+        ValueError: there are no examples, the model is sharded, or there are several ranks without
+            ``torch.distributed`` to meet by.
+    """
+    rank, world_size = _place(rank, world_size)
+    if not examples:
+        raise ValueError("examples: got none, expected at least one; give those that are trained")
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        # its forward needs all ranks at once, and they have different numbers of packs
+        raise ValueError("model: got sharded weights, expected whole ones; build before sharding")
+    index = _index(examples)
+    try:
+        with _staging(folder, rank, world_size) as temporary:
+            dtype, notes = _fill(model, examples, index, temporary, rank, world_size)
+            notes = _gather(notes, world_size)
+            if rank == 0:
+                notes |= _write(temporary / INDEX, index.tensors())
+                head = dict(zip(("weight", "bias"), frozen_head(model), strict=True))
+                if kept := {name: tensor for name, tensor in head.items() if tensor is not None}:
+                    notes |= _write(temporary / HEAD, kept)
+                files = dict(sorted(notes.items()))
+                header = {"format": FORMAT, "made_of": made_of, "computed": dtype, "files": files}
+                write_json(temporary / HEADER, header)
+    except (OSError, SafetensorError) as error:
+        if problem_of(folder, made_of) is not None:  # else another process was done first
+            raise UserError(
+                f"{folder}: cannot be written ({' '.join(str(error).split())}); make room there, "
+                "or choose another folder with teacher.cache_folder"
+            ) from None
+    if world_size > 1:
+        dist.barrier()
+
+
+class Index(NamedTuple):
+    """What each example is found by, and where its rows lie among all rows."""
+
+    keys: NDArray[np.int64]
+    """Halves of the hash of each example. Shape (E, 2)."""
+    starts: NDArray[np.int64]
+    """First row of each example, and one past the last row of all. Shape (E + 1,)."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """In the form of the file: sorted, so that a key is found without reading all of it."""
+        order = np.lexsort((self.keys[:, 1], self.keys[:, 0]))
+        key, check = self.keys[order].T.copy()
+        same = key[1:] == key[:-1]
+        assert (check[1:] == check[:-1])[same].all(), "different examples share half of a hash"
+        columns = {"key": key, "check": check, "row": self.starts[:-1][order]}
+        return {name: torch.from_numpy(column) for name, column in columns.items()}
+
+    def cuts(self, most: int) -> list[int]:
+        """Examples at which files begin, and one past the last, with ``most`` rows a file."""
+        cuts = [0]
+        while cuts[-1] < len(self.keys):
+            limit = self.starts[cuts[-1]] + most
+            stop = int(np.searchsorted(self.starts, limit, side="right")) - 1
+            cuts.append(max(stop, cuts[-1] + 1))
+        return cuts
+
+
+def _index(examples: Sequence[Example]) -> Index:
+    """Go through all examples once."""
+    keys, ends = array("q"), array("q", [0])
+    for example in examples:
+        keys.extend(key_of(example).tolist())
+        ends.append(ends[-1] + len(example.answer_ids))
+    return Index(np.frombuffer(keys, np.int64).reshape(-1, 2), np.frombuffer(ends, np.int64))
+
+
+def _fill(
+    model: nn.Module,
+    examples: Sequence[Example],
+    index: Index,
+    folder: Path,
+    rank: int,
+    world_size: int,
+) -> tuple[str, dict[str, Any]]:
+    """Compute and write the files of a rank; the dtype of the rows and a note of each file."""
+    width = model.get_output_embeddings().weight.shape[1]  # type: ignore
+    cuts = index.cuts(FILE_BYTES // (2 * width))
+    mine = range(rank, len(cuts) - 1, world_size)
+    rows: Iterable[tuple[int, int, Tensor]] = _rows(model, examples, index, cuts, mine)
+    if rank == 0:
+        rows = track(rows, sum(cuts[number + 1] - cuts[number] for number in mine), "teacher")
+    dtype, notes = "", {}
+    for number, parts in groupby(rows, key=lambda part: part[0]):
+        first, last = index.starts[[cuts[number], cuts[number + 1]]].tolist()
+        hidden = torch.empty(last - first, width, dtype=torch.bfloat16)
+        for _, start, part in parts:
+            hidden[start - first : start - first + len(part)] = part
+            dtype = str(part.dtype).removeprefix("torch.")
+        notes |= _write(folder / ROWS.format(number), {"hidden": hidden})
+    return dtype, notes
+
+
+def _rows(
+    model: nn.Module, examples: Sequence[Example], index: Index, cuts: list[int], files: range
+) -> Iterator[tuple[int, int, Tensor]]:
+    """The rows of each example of some files, with the file's number and where they begin."""
+    for number in files:
+        here = examples[cuts[number] : cuts[number + 1]]
+        starts = index.starts[cuts[number] : cuts[number + 1]].tolist()
+        start_of = {id(example): start for example, start in zip(here, starts, strict=True)}
+        for pack in chunks(here):
+            for example, rows in zip(pack, teacher_rows(model, pack), strict=True):
+                yield number, start_of[id(example)], rows
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write a file; its name with what the header says of it."""
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path)
+    return {path.name: describe(path, thorough=True)}
+
+
+def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Rank and number of ranks, of ``torch.distributed`` where they are not given."""
+    known = dist.is_available() and dist.is_initialized()
+    if rank is None or world_size is None:
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if known else (0, 1)
+    if world_size > 1 and not (known and dist.get_world_size() == world_size):
+        raise ValueError(
+            f"world_size: got {world_size} without a process group of as many ranks, expected one; "
+            "call torch.distributed.init_process_group first"
+        )
+    return rank, world_size
+
+
+@contextmanager
+def _staging(folder: Path, rank: int, world_size: int) -> Iterator[Path]:
+    """A temporary folder for all ranks, which gets its name when rank 0 leaves the block."""
+    name: list[Any] = [None]
+    if rank > 0:
+        dist.broadcast_object_list(name, src=0)
+        yield folder.with_name(name[0])
+        return
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        name[0] = temporary.name
+        if world_size > 1:
+            dist.broadcast_object_list(name, src=0)
+        yield temporary
+
+
+def _gather(notes: dict[str, Any], world_size: int) -> dict[str, Any]:
+    """The notes of all ranks, once all have written their files."""
+    everybody: list[Any] = [notes]
+    if world_size > 1:
+        everybody = [None] * world_size
+        dist.all_gather_object(everybody, notes)
+    return {name: note for part in everybody for name, note in part.items()}
