@@ -46,18 +46,23 @@ def shard(model: nn.Module, config: ParallelConfig, world: World, dtype: torch.d
             in fp32, and what trains stays fp32.
 
     Raises:
-        UserError: the ranks cannot be cut into groups of `config.shard`.
+        UserError: the ranks cannot be cut into groups of `config.shard`, or one rank is to offload.
     """
-    if config.recompute:
-        recompute_blocks(model)
-    if world.size == 1:
-        return
     group = config.shard or world.size
     if world.size % group:
         raise UserError(
             f"parallel.shard: got {group} with {world.size} ranks, expected a number that divides "
             "them; change it, or start another number of processes"
         )
+    if config.offload and world.size == 1:
+        raise UserError(
+            "parallel.offload: got true with one rank, expected several; start the run with "
+            "torchrun, or set it to false"
+        )
+    if config.recompute:
+        recompute_blocks(model)
+    if world.size == 1:
+        return
     kind = device().type
     mesh = init_device_mesh(
         kind, (world.size // group, group), mesh_dim_names=("replicate", "shard")

@@ -154,8 +154,9 @@ def _export(config: TrainConfig, ready: Ready, result: Path, world: World) -> No
     """Write what was trained; where the model is shared out, by way of one that is loaded anew."""
     model = ready.model
     if world.size > 1:
-        named = checkpoint.trainable(model)
-        trained = {name: distributed.whole(p.detach()) for name, p in named.items()}
+        # what a contrastive adapter listens to does not train, and is not in the model's files
+        made = {n: p for n, p in model.named_parameters() if p.requires_grad or ".lora_" in n}
+        trained = {name: distributed.whole(p.detach()) for name, p in made.items()}
         if world.first:
             model = load_model(config.model, config.seed)
             model.load_state_dict(trained, strict=False)

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
-from bidistill.config import as_dict
+from bidistill.config import ContrastSettings, ParallelConfig, as_dict
+from bidistill.errors import UserError
 from bidistill.train import main
 from bidistill.world import World
 from tests.support import OWN_ERROR
@@ -177,7 +179,9 @@ def test_ranks_that_cannot_be_grouped_are_refused(ranks):
 
 @pytest.mark.slow
 def test_torchrun_trains_as_one_process_does(config, tmp_path):
-    adapter = replace(config.model.adapter, dropout=0.0)
+    # the directions of contrastive adapters are frozen, and stand in no checkpoint
+    contrast = {"contrast": ContrastSettings(), "targets": ("down_proj",)}
+    adapter = replace(config.model.adapter, dropout=0.0, **contrast)
     config = replace(config, model=replace(config.model, adapter=adapter))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(as_dict(config)))
@@ -199,4 +203,21 @@ def test_torchrun_trains_as_one_process_does(config, tmp_path):
     for one, other in zip(*logs, strict=True):
         assert one["rows"] == other["rows"]
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
-    assert (tmp_path / "two/adapter/adapter_model.safetensors").exists()
+    found, expected = (
+        load_file(folder / "adapter/adapter_model.safetensors")
+        for folder in (tmp_path / "two", config.output)
+    )
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        if "lora_A" in name:
+            assert torch.equal(tensor, expected[name]), name
+
+
+def test_what_takes_several_ranks_is_refused_on_one(config):
+    for parallel, message in (
+        (ParallelConfig(shard=2), r"parallel\.shard: got 2 with 1 ranks, expected a number that"),
+        (ParallelConfig(offload=True), r"parallel\.offload: got true with one rank"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main(replace(config, parallel=parallel))
+        assert not config.output.exists()
