@@ -18,7 +18,8 @@ from bidistill.data.unify.near import normalise
 from bidistill.data.unify.reading import read
 from bidistill.data.unify.recipe import Recipe, as_dict, hash_of
 from bidistill.data.unify.split import split
-from bidistill.data.unify.writer import Writer, make_writer
+from bidistill.data.unify.writer import Writer
+from bidistill.data.unify.writers import make_writer
 from bidistill.errors import UserError
 from bidistill.files import user_cache
 

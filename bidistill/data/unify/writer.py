@@ -140,35 +140,6 @@ class Writer:
         return group
 
 
-def make_writer(config: WriterConfig | None, cache_folder: Path | str) -> Writer | None:
-    """Return the writer of a recipe; None where the recipe has no model.
-
-    Nothing is loaded until a reply is needed that the cache does not hold.
-
-    Args:
-        config: the section ``model`` of the recipe.
-        cache_folder: where replies are kept unless the recipe says otherwise.
-
-    Raises:
-        UserError: neither or both of a folder and an endpoint are given, or the one given cannot
-            be used.
-    """
-    if config is None:
-        return None
-    if (config.path is None) == (config.endpoint is None):
-        got = "neither" if config.path is None else "both"
-        raise UserError(f"model: got {got} of path and endpoint, expected one; give one of them")
-    if config.path is not None:
-        from bidistill.data.unify.local_model import LocalModel
-
-        model: Model = LocalModel(config)
-    else:
-        from bidistill.data.unify.endpoint import Endpoint
-
-        model = Endpoint(config)
-    return Writer(model, Path(config.cache or cache_folder) / CACHE_NAME, config.max_tokens)
-
-
 def chat(question: str, context: Chat = (), prefill: str = "") -> list[Message]:
     """Return the messages of one question.
 

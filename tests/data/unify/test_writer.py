@@ -5,7 +5,8 @@ import sqlite3
 import pytest
 
 from bidistill.data.unify import endpoint, local_model
-from bidistill.data.unify.writer import CACHE_NAME, Writer, WriterConfig, chat, make_writer
+from bidistill.data.unify.writer import CACHE_NAME, Writer, WriterConfig, chat
+from bidistill.data.unify.writers import make_writer
 from bidistill.errors import UserError
 from bidistill.evaluation.generation import generate
 from bidistill.models import load_base, load_tokenizer
