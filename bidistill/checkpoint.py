@@ -37,7 +37,7 @@ from bidistill.errors import UserError
 from bidistill.files import write_json
 from bidistill.world import World
 
-PATTERN = "step-*"
+PATTERN, TEMPORARY = "step-*", ".step-*.tmp"
 STATE = "state.json"
 MOMENTS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "exp_avg": torch.zeros_like,
@@ -45,6 +45,15 @@ MOMENTS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "step": lambda parameter: torch.zeros(()),
 }
 """What AdamW keeps of a parameter, and how much room it takes."""
+
+
+def made(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that the model's files do not give: what trains, and all of an adapter.
+
+    What a contrastive adapter listens to is frozen, and computed again it might be rounded in
+    another way.
+    """
+    return {n: p for n, p in model.named_parameters() if p.requires_grad or ".lora_" in n}
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -64,8 +73,8 @@ def save(
 
     Args:
         folder: where the checkpoints of a run lie.
-        model: its trainable parameters are saved.
-        optimizer: over exactly these parameters.
+        model: its parameters that are `made` are saved.
+        optimizer: over exactly those that train.
         state: what else resuming needs, as JSON; has ``step``, the number of steps done.
         keep: checkpoints that stay, this one included.
         world: the ranks of the run; None: this process alone.
@@ -79,22 +88,27 @@ def save(
         return path
     temporary = folder / f".{path.name}.tmp"  # a name that all ranks know
     if world.first:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+        for left in folder.glob(TEMPORARY):  # by a run that was killed
+            shutil.rmtree(left)
         temporary.mkdir(parents=True)
     world.barrier()
-    parameters = trainable(model)
-    tensors = {f"weights/{name}": p.detach() for name, p in parameters.items()}
-    tensors |= _moments(parameters, optimizer)
+    if world.any(not temporary.is_dir()):
+        raise UserError(
+            f"output: got {folder.parent}, which not all ranks share, expected one disk for all; "
+            "choose another output"
+        )
+    tensors = {f"weights/{name}": p.detach() for name, p in made(model).items()}
+    tensors |= _moments(trainable(model), optimizer)
     tensors |= {f"random/{world.rank}/{name}": t for name, t in _random_states().items()}
     with _quiet():
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         save_tensors(tensors, storage_writer=writer, no_dist=world.size == 1)
     world.barrier()
     if world.first:
-        write_json(temporary / STATE, state)
+        write_json(temporary / STATE, {**state, "files": _sizes(temporary)})
         temporary.rename(path)
         for old in sorted(folder.glob(PATTERN))[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(folder / f".{old.name}.tmp"))  # never half of one by its name
     world.barrier()
     return path
 
@@ -121,10 +135,12 @@ def load(
     world = world or World()
     parameters = trainable(model)
     with _readable(path):
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if (files := state.pop("files")) != _sizes(path):
+            raise ValueError(f"it has other files than the {len(files)} that were written")
         reader = HuggingFaceStorageReader(str(path))
         known = reader.read_metadata().state_dict_metadata
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    weights = {f"weights/{name}": p.detach() for name, p in parameters.items()}
+    weights = {f"weights/{name}": p.detach() for name, p in made(model).items()}
     saved = {name for name in known if name.startswith("weights/")}
     if odd := saved ^ weights.keys():
         raise UserError(
@@ -166,6 +182,11 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         yield
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of the files with tensors: of one that is missing its tensors would not be missed."""
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
 
 
 def _moments(

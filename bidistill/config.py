@@ -153,7 +153,10 @@ class OptimConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
-    """How a step is cut up among processes, and in time; its result stays the same."""
+    """How a step is cut up among processes and in time; all of it may change on resume.
+
+    The result of a step stays the same, up to the rounding of ``model.dtype``.
+    """
 
     __pydantic_config__ = STRICT
 
@@ -161,11 +164,10 @@ class ParallelConfig:
     """Ranks that share out one copy of the model; 1: each holds a copy; ``null``: all ranks share
     one."""
     accumulate: AtLeastOne = 1
-    """Parts that each rank's share of a step is cut into, one after the other in memory."""
+    """Parts that each rank's share of a step is cut into, one after the other in memory. The ranks
+    add up gradients after each part; with ``shard: 1``, where each holds them whole, after all."""
     recompute: bool = False
     """Keep the inputs of the blocks alone and run each block again in the backward."""
-    offload: bool = False
-    """Keep weights, gradients and optimiser in the CPU's memory while they are not used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,10 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
-    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -46,18 +44,13 @@ def shard(model: nn.Module, config: ParallelConfig, world: World, dtype: torch.d
             in fp32, and what trains stays fp32.
 
     Raises:
-        UserError: the ranks cannot be cut into groups of `config.shard`, or one rank is to offload.
+        UserError: the ranks cannot be cut into groups of `config.shard`.
     """
     group = config.shard or world.size
     if world.size % group:
         raise UserError(
             f"parallel.shard: got {group} with {world.size} ranks, expected a number that divides "
             "them; change it, or start another number of processes"
-        )
-    if config.offload and world.size == 1:
-        raise UserError(
-            "parallel.offload: got true with one rank, expected several; start the run with "
-            "torchrun, or set it to false"
         )
     if config.recompute:
         recompute_blocks(model)
@@ -72,8 +65,7 @@ def shard(model: nn.Module, config: ParallelConfig, world: World, dtype: torch.d
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if dtype != torch.float32:
         policy = replace(policy, param_dtype=dtype, reduce_dtype=torch.float32)
-    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if config.offload else OffloadPolicy()
-    settings = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
+    settings = {"mesh": mesh, "mp_policy": policy}
     for block in blocks(model):
         fully_shard(block, **settings)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore

@@ -43,7 +43,10 @@ def check(config: TrainConfig, resume: bool) -> None:
         )
     begun = json.loads(path.read_text(encoding="utf-8"))["config"]
     # read as a recipe is, so that settings of an earlier version have the form of this one
-    if changed := _changed_key(as_dict(settings.check(TrainConfig, begun)), as_dict(config)):
+    before, now = as_dict(settings.check(TrainConfig, begun)), as_dict(config)
+    for section in (before, now):
+        del section["parallel"]  # another number of ranks may go on with a run
+    if changed := _changed_key(before, now):
         key, old, new = changed
         raise UserError(
             f"{key}: got {new}, expected {old} as this run began; undo the change to resume, "

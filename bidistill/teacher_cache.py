@@ -46,6 +46,11 @@ def main(config: TrainConfig, *, check: bool = False) -> Path:
         UserError: something in the recipe or the files it names cannot be used; with ``check``,
             also that the store is missing or damaged.
     """
+    if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UserError(
+            f"teacher-cache: got {ranks} ranks, expected one; run it without torchrun, or let "
+            "bidistill train make the store on all of them"
+        )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokens = build_store(

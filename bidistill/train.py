@@ -141,10 +141,14 @@ def prepare(config: TrainConfig, world: World) -> Ready:
     with autocast(config.model, model):
         if adapter and adapter.contrast:
             contrastive.initialise(model, _used(examples, config), adapter)
+            # each rank has rounded by itself
+            world.broadcast(p.data for p in checkpoint.made(model).values())
         if objectives.need_teacher and config.teacher.cache == "disk":
             # by the whole model: ranks fill files of their own
             cache = rows_on_disk(config, model, examples)
         distributed.shard(model, parallel, world, getattr(torch, config.model.dtype))
+        if world.rank:
+            torch.manual_seed(config.seed + world.rank)  # dropout of its own
         if objectives.need_teacher and config.teacher.cache == "memory":
             cache = HiddenCache(model, _used(examples, config))
     return Ready(model, tokenizer, loader, objectives, cache)
@@ -154,12 +158,14 @@ def _export(config: TrainConfig, ready: Ready, result: Path, world: World) -> No
     """Write what was trained; where the model is shared out, by way of one that is loaded anew."""
     model = ready.model
     if world.size > 1:
-        # what a contrastive adapter listens to does not train, and is not in the model's files
-        made = {n: p for n, p in model.named_parameters() if p.requires_grad or ".lora_" in n}
-        trained = {name: distributed.whole(p.detach()) for name, p in made.items()}
+        made: dict[str, torch.Tensor] = {}
+        for name, parameter in checkpoint.made(model).items():
+            tensor = distributed.whole(parameter.detach())
+            if world.first:
+                made[name] = tensor.cpu()
         if world.first:
             model = load_model(config.model, config.seed)
-            model.load_state_dict(trained, strict=False)
+            model.load_state_dict(made, strict=False)
     if world.first and isinstance(model, PeftModel):
         export.weaken(model, config.model.adapter.strength)  # type: ignore
         export.save_adapter(model, result)
@@ -270,9 +276,10 @@ def train_step(
     def run_parts() -> Iterator[StepResult]:
         for part in parts:
             part.loss.divisor = int(sum(counts))
-            # gradients of single roles are needed whole
-            last = part is parts[-1] or config.combine != "sum"
-            distributed.reduce_gradients(model, after=last)
+            # gradients of single roles are needed at once; and where they are shared out, to keep
+            # them whole until the last part would take what sharing saves
+            delay = config.combine == "sum" and config.parallel.shard == 1
+            distributed.reduce_gradients(model, after=part is parts[-1] or not delay)
             # blocks that are run again in the backward need their attention there, too
             with use_packed_attention(model) if config.parallel.recompute else nullcontext():
                 results.append(forward(config, model, objectives, cache, part))

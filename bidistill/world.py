@@ -6,15 +6,19 @@ it a run is one process.
 
 import atexit
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from bidistill.errors import UserError
+
+PATIENCE = timedelta(hours=6)
+"""How long ranks wait for one that tokenises, or writes the result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,11 @@ class World:
             if self.first:
                 self.barrier()
 
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Give all ranks what the first one has, in place."""
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor, 0)
+
     def barrier(self) -> None:
         """Wait for all."""
         if self.size > 1:
@@ -94,8 +103,10 @@ def join() -> World:
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    atexit.register(_leave)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    if backend == "gloo":  # NCCL's end waits for ranks that may have failed
+        atexit.register(_leave)
     return World(dist.get_rank(), dist.get_world_size())
 
 

@@ -12,6 +12,7 @@ were. Measured without dropout, on the examples of the step that is about to be 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from bidistill import about, checkpoint, train
-from bidistill.config import TrainConfig, as_dict
+from bidistill.config import ParallelConfig, TrainConfig, as_dict
 from bidistill.data.records import Role
 from bidistill.diagnose.conflict import Measurement, measure, plain, summary
 from bidistill.diagnose.conflict_report import markdown, sentence
@@ -87,6 +88,7 @@ def _check(roles: list[Role]) -> None:
 
 def _train(config: TrainConfig, count: int, every: int) -> list[Measurement]:
     """Take the steps of the recipe, and measure before every so many."""
+    config = replace(config, parallel=ParallelConfig())  # this is one process
     model, _, loader, objectives, cache = train.prepare(config, World())
     parameters = list(checkpoint.trainable(model).values())
     optimizer = train.make_optimizer(parameters, config.optim)

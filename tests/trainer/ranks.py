@@ -7,7 +7,7 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -48,15 +48,26 @@ class Ranks:
         """
         for pipe in self._pipes:
             pipe.send((function, arguments))
-        answers = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(PATIENCE_S):
+        answers: dict[int, Any] = {}
+        while len(answers) < self.size:
+            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in answers]
+            # a rank that failed leaves the others waiting for it
+            failed = any(problem for _, problem in answers.values())
+            said = wait(waiting, timeout=1 if failed else PATIENCE_S)
+            if not said:
                 self.stop()
-                raise AssertionError(f"rank {rank} of {self.size} is silent")
-            answers.append(pipe.recv())
-        for rank, (value, problem) in enumerate(answers):
-            assert problem is None, f"rank {rank}: {problem or value}"
-        return [value for value, _ in answers]
+                break
+            for pipe in said:
+                answers[self._pipes.index(pipe)] = pipe.recv()  # type: ignore
+        for rank, (_, problem) in answers.items():
+            assert problem is None, f"rank {rank}: {problem}"
+        assert len(answers) == self.size, f"of {self.size} ranks only {sorted(answers)} answered"
+        return [answers[rank][0] for rank in range(self.size)]
+
+    @property
+    def alive(self) -> bool:
+        """Whether all of them run."""
+        return all(process.is_alive() for process in self._processes)
 
     def stop(self) -> None:
         """End them all."""

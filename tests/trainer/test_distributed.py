@@ -7,6 +7,7 @@ are uneven, and losses, weights and read-out positions differ from role to role.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -40,7 +41,7 @@ def ranks():
     started = {}
 
     def ask(size):
-        if size not in started:
+        if size not in started or not started[size].alive:
             started[size] = Ranks(size)
         return started[size]
 
@@ -214,10 +215,32 @@ def test_torchrun_trains_as_one_process_does(config, tmp_path):
 
 
 def test_what_takes_several_ranks_is_refused_on_one(config):
-    for parallel, message in (
-        (ParallelConfig(shard=2), r"parallel\.shard: got 2 with 1 ranks, expected a number that"),
-        (ParallelConfig(offload=True), r"parallel\.offload: got true with one rank"),
-    ):
-        with pytest.raises(UserError, match=message):
-            main(replace(config, parallel=parallel))
-        assert not config.output.exists()
+    with pytest.raises(UserError, match=r"parallel\.shard: got 2 with 1 ranks, expected a number"):
+        main(replace(config, parallel=ParallelConfig(shard=2)))
+    assert not config.output.exists()
+
+
+def test_a_checkpoint_that_lacks_a_file_is_refused(ranks, tmp_path):
+    case = Case("full", double=False)
+    ranks(2).run(cut.saved, case, tmp_path)
+    first, _ = sorted((tmp_path / "step-000002").glob("*.safetensors"))
+    first.unlink()
+    with pytest.raises(UserError, match=r"step-000002: cannot be read .it has other files than"):
+        cut.restored(case, tmp_path, alone=True)
+
+
+def test_what_a_killed_run_left_is_cleared_away(ranks, tmp_path):
+    left = tmp_path / ".step-000001.tmp"
+    left.mkdir()
+    (left / "half.safetensors").write_bytes(b"half")
+    ranks(2).run(cut.saved, Case("lora", double=False), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
+
+
+def test_a_run_may_go_on_with_other_ranks(config):
+    """The folder does not hold a run to the way it was cut; to everything else it does."""
+    main(replace(config, steps=4))
+    shutil.rmtree(config.output / "adapter")
+    parallel = ParallelConfig(shard=1, accumulate=2)
+    main(replace(config, steps=4, parallel=parallel), resume=True)
+    assert (config.output / "adapter").exists()
