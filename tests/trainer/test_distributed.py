@@ -183,7 +183,8 @@ def test_torchrun_trains_as_one_process_does(config, tmp_path):
     # the directions of contrastive adapters are frozen, and stand in no checkpoint
     contrast = {"contrast": ContrastSettings(), "targets": ("down_proj",)}
     adapter = replace(config.model.adapter, dropout=0.0, **contrast)
-    config = replace(config, model=replace(config.model, adapter=adapter))
+    # singular vectors depend on the number of threads
+    config = replace(config, model=replace(config.model, adapter=adapter), threads=1)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(as_dict(config)))
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -195,7 +196,11 @@ def test_torchrun_trains_as_one_process_does(config, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("wrote ") == 1
-    main(config)
+    threads = torch.get_num_threads()
+    try:
+        main(config)
+    finally:
+        torch.set_num_threads(threads)
     logs = [
         [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
         for folder in (tmp_path / "two", config.output)
@@ -211,7 +216,7 @@ def test_torchrun_trains_as_one_process_does(config, tmp_path):
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         if "lora_A" in name:
-            assert torch.equal(tensor, expected[name]), name
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_what_takes_several_ranks_is_refused_on_one(config):
