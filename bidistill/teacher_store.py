@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from bidistill.data.loader import Batch
-from bidistill.data.store import file_sha256
 from bidistill.data.views import Example
 from bidistill.errors import UserError
+from bidistill.files import file_sha256
 from bidistill.models import TeacherRows
 
 FORMAT = 1

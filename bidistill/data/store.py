@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from bidistill.data.records import ROLES, Role
 from bidistill.data.views import Example, View
 from bidistill.errors import UserError
-from bidistill.files import write_json
+from bidistill.files import file_sha256, write_json
 
 FORMAT = 1
 """Raised when the files change; stores of an older one are made again."""
@@ -211,15 +211,6 @@ def is_whole(folder: Path, *, thorough: bool = False) -> bool:
     return header is not None and (
         not thorough or all(file_sha256(folder / n) == header["files"][n]["sha256"] for n in FILES)
     )
-
-
-def file_sha256(path: Path) -> str:
-    """Checksum of a file, in hexadecimal digits."""
-    digest = sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read_header(folder: Path) -> dict[str, Any] | None:

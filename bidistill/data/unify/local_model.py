@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from bidistill.data.unify.writer import Chat, WriterConfig
 from bidistill.errors import UserError
+from bidistill.files import file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -119,9 +120,5 @@ def _hash(folder: Path) -> str:
     files = sorted({path for pattern in _DEFINING for path in folder.glob(pattern)})
     digest = hashlib.sha256()
     for path in files:
-        content = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                content.update(block)
-        digest.update(f"{path.name} {content.hexdigest()}\n".encode())
+        digest.update(f"{path.name} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
