@@ -1,6 +1,6 @@
 """A whole unlearning step, with one divergence or another: tokens per second and peak memory.
 
-The step is the trainer's own, `bidistill.train.train_step`: the teacher's forward, the student's,
+The step is the trainer's own, `bidistill.update.train_step`: the teacher's forward, the student's,
 the divergence on the rows that predict an answer, backward, clipping, AdamW. Only the divergence is
 exchanged. The learning rate is 0 and the gradient is clipped at infinity: the same work, but what
 is checked is the gradient itself, and the weights stay bit for bit what they were, so that all
@@ -39,7 +39,7 @@ from bidistill.data.views import Example, View
 from bidistill.errors import UserError
 from bidistill.models import TeacherRows, add_adapter, attach_distill_step, hidden_rows, load_base
 from bidistill.objectives import Objectives
-from bidistill.train import make_optimizer, train_step
+from bidistill.update import make_optimizer, train_step
 
 SEED = 0
 CONTEXT_TOKENS = 64  # that the teacher reads before what is to be forgotten

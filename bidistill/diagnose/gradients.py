@@ -20,15 +20,18 @@ from typing import Any
 
 from torch import Tensor
 
-from bidistill import about, checkpoint, train
+from bidistill import about, checkpoint
 from bidistill.config import ParallelConfig, TrainConfig, as_dict
+from bidistill.data.loader import Batch
 from bidistill.data.records import Role
 from bidistill.diagnose.conflict import Measurement, measure, plain, summary
 from bidistill.diagnose.conflict_report import markdown, sentence
 from bidistill.errors import UserError
 from bidistill.files import write_json, write_text
 from bidistill.objectives import Objectives
+from bidistill.prepare import prepare, sampled
 from bidistill.progress import say, track
+from bidistill.update import Part, forward, make_optimizer, train_step
 from bidistill.world import World
 
 NAME = "gradients"
@@ -55,7 +58,7 @@ def run(
         UserError: something in the recipe or the files it names cannot be used, fewer than two
             roles are trained, or matplotlib is missing.
     """
-    roles = train.sampled(config)
+    roles = sampled(config)
     _check(roles)
     count = config.steps if steps is None else min(steps, config.steps)
     found = _train(config, count, every)
@@ -89,22 +92,22 @@ def _check(roles: list[Role]) -> None:
 def _train(config: TrainConfig, count: int, every: int) -> list[Measurement]:
     """Take the steps of the recipe, and measure before every so many."""
     config = replace(config, parallel=ParallelConfig())  # this is one process
-    model, _, loader, objectives, cache = train.prepare(config, World())
+    model, _, loader, objectives, cache = prepare(config, World())
     parameters = list(checkpoint.trainable(model).values())
-    optimizer = train.make_optimizer(parameters, config.optim)
-    apart = Objectives(config.objectives, objectives.transform, train.sampled(config))
+    optimizer = make_optimizer(parameters, config.optim)
+    apart = Objectives(config.objectives, objectives.transform, sampled(config))
     found = []
     for step, (batch, _) in enumerate(track(islice(loader, count), count, NAME)):
         if step % every == 0:
             model.eval()  # dropout would make two looks at one loss differ
 
-            def losses_of(batch: train.Batch = batch) -> Mapping[Role, Tensor]:
-                part = train.Part(batch, apart)
-                return train.forward(config, model, apart, cache, part).role_losses
+            def losses_of(batch: Batch = batch) -> Mapping[Role, Tensor]:
+                part = Part(batch, apart)
+                return forward(config, model, apart, cache, part).role_losses
 
             found.append(measure(losses_of, parameters, step))
         model.train()
-        train.train_step(config, model, optimizer, objectives, cache, batch, step)
+        train_step(config, model, optimizer, objectives, cache, batch, step)
     return found
 
 

@@ -241,13 +241,13 @@ def test_training_does_not_notice(config, tmp_path, monkeypatch, combine):
     config = replace(config, combine=combine)
     train.main(config)
     log = [json.loads(x) for x in (config.output / "train_log.jsonl").read_text().splitlines()]
-    original, entries = train.train_step, []
+    original, entries = gradients.train_step, []
 
     def noted(*arguments):
         entries.append(original(*arguments))
         return entries[-1]
 
-    monkeypatch.setattr(train, "train_step", noted)
+    monkeypatch.setattr(gradients, "train_step", noted)
     gradients.run(config, tmp_path / "out", every=1, steps=4)
     assert len(entries) == 4
     for entry, logged in zip(entries, log, strict=False):

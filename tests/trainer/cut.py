@@ -26,7 +26,7 @@ from bidistill.data.views import Message, build_examples
 from bidistill.models import add_adapter, attach_distill_step
 from bidistill.objectives import Objectives
 from bidistill.teacher import HiddenCache
-from bidistill.train import make_optimizer, train_step
+from bidistill.update import make_optimizer, train_step
 from bidistill.world import World, join
 from tests.support import Wide
 from tests.trainer.tiny import SHOTS, make_model, make_tokenizer, randomise_adapters

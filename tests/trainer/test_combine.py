@@ -20,9 +20,11 @@ from scipy.optimize import minimize
 
 from bidistill import combine, gradients, train
 from bidistill.combine import mgda, ngdiff, pcgrad
+from bidistill.data.loader import Batch
 from bidistill.data.views import build_examples
 from bidistill.gradients import cosines, gram, role_gradients
 from bidistill.objectives import Objectives, StepResult
+from bidistill.teacher import HiddenCache
 from tests.trainer.test_step import CONTEXTS, OBJECTIVES, make_student
 from tests.trainer.test_train import full, log_of, weights_of
 
@@ -273,7 +275,7 @@ def test_cosine_with_itself_is_one(rows):
 @pytest.fixture
 def batch(records, tokenizer):
     examples = build_examples(records, tokenizer, CONTEXTS)
-    return train.Batch(tuple(examples[i] for i in (0, 7, 3, 1, 9, 6, 4)))
+    return Batch(tuple(examples[i] for i in (0, 7, 3, 1, 9, 6, 4)))
 
 
 def step_of(model, batch, apart=()):
@@ -316,7 +318,7 @@ def test_role_gradients_add_up_to_the_whole(batch):
 def test_a_role_without_rows_has_a_zero_loss(batch):
     """Ranks that share a step need not have rows of each role, and still go backward together."""
     model = make_student("full, untied")
-    some = train.Batch(tuple(e for e in batch.examples if e.role != "retain"))
+    some = Batch(tuple(e for e in batch.examples if e.role != "retain"))
     losses = step_of(model, some, ROLES).role_losses
     assert losses["retain"].item() == 0
     parts = role_gradients(losses.values(), trained(model))
@@ -416,14 +418,14 @@ def test_the_seed_orders_pcgrad():
 
 
 def test_a_poisoned_role_skips_the_step(config, monkeypatch):
-    original = train.HiddenCache.for_batch
+    original = HiddenCache.for_batch
 
     def poisoned(self, batch):
         rows = original(self, batch)
         rows.hidden[0, 0] = torch.nan
         return rows
 
-    monkeypatch.setattr(train.HiddenCache, "for_batch", poisoned)
+    monkeypatch.setattr(HiddenCache, "for_batch", poisoned)
     config = replace(config, combine="mgda", steps=2)
     train.main(config)
     assert [entry["skipped"] for entry in log_of(config)] == [1, 1]

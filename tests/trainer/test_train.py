@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from bidistill import checkpoint, train
 from bidistill.config import OptimConfig, TeacherConfig, as_dict
 from bidistill.errors import UserError
+from bidistill.teacher import HiddenCache
+from bidistill.update import learning_rate
 
 WEIGHTS = {"adapter": "adapter_model.safetensors", "model": "model.safetensors"}
 
@@ -204,7 +206,7 @@ def test_a_mistake_leaves_no_output(config, change, message):
 
 
 def test_non_finite_steps_are_skipped_and_counted(config, monkeypatch, capsys):
-    original = train.HiddenCache.for_batch
+    original = HiddenCache.for_batch
     calls = []
 
     def poisoned(self, batch):
@@ -217,7 +219,7 @@ def test_non_finite_steps_are_skipped_and_counted(config, monkeypatch, capsys):
     steps = []
     update = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (steps.append(1), update(self))[1])
-    monkeypatch.setattr(train.HiddenCache, "for_batch", poisoned)
+    monkeypatch.setattr(HiddenCache, "for_batch", poisoned)
     with dying_at(4, pull_the_plug), pytest.raises(Power):
         train.main(config)
     result = train.main(config, resume=True)  # the count goes on too
@@ -266,12 +268,12 @@ def test_gradient_is_clipped(config):
 )
 def test_learning_rate(step, expected):
     config = OptimConfig(lr=2.0, warmup_steps=4, decay_fraction=0.25)
-    assert train.learning_rate(config, step, 20) == pytest.approx(2.0 * expected)
+    assert learning_rate(config, step, 20) == pytest.approx(2.0 * expected)
 
 
 def test_learning_rate_without_warm_up_or_decay():
     config = OptimConfig(lr=2.0, warmup_steps=0, decay_fraction=0.0)
-    assert {train.learning_rate(config, step, 5) for step in range(5)} == {2.0}
+    assert {learning_rate(config, step, 5) for step in range(5)} == {2.0}
 
 
 @pytest.mark.parametrize("name", ["adapter", "model", "checkpoints"])
