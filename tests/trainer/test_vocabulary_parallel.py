@@ -1,0 +1,115 @@
+"""A loss of a head that is shared out among ranks equals the loss of the whole head.
+
+97 ids are cut unevenly by 2 and by 4 ranks. The reference is one process with the whole head; in
+fp32 it is fp64 arithmetic on full logits, as in the kernel tests.
+"""
+
+import pytest
+import torch
+
+from bidistill_kernels import LogitTransform
+from tests.kernels import parts
+from tests.kernels.parts import Call
+from tests.support import assert_close
+from tests.trainer.ranks import Ranks
+
+LOSSES = ("forward_kl", "reverse_kl", "kl_and_ce", "jsd", "jsd_0.1", "cross_entropy")
+EXACT = 1e-12
+"""Of fp64: sums are taken in another order."""
+CAPPED = LogitTransform(scale=1.5, softcap=8.0, temperature=2.0, vocab_limit=90)
+
+each_size = pytest.mark.parametrize("size", [2, 4])
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """So many ranks, started when they are first asked for."""
+    started = {}
+
+    def ask(size):
+        if size not in started or not started[size].alive:
+            started[size] = Ranks(size)
+        return started[size]
+
+    yield ask
+    for group in started.values():
+        group.stop()
+
+
+def together(ranks, size, calls):
+    """What the ranks found of each call, put together."""
+    found = ranks(size).run(parts.outcomes, calls)
+    return [parts.joined(list(of_each)) for of_each in zip(*found, strict=True)]
+
+
+def assert_exact(found, expected, what):
+    assert found.keys() == expected.keys(), what
+    for name, right in expected.items():
+        assert found[name].shape == right.shape, (what, name)
+        assert found[name].isfinite().all(), (what, name)
+        assert (found[name] - right).norm() <= EXACT * right.norm(), (what, name)
+
+
+VARIANTS = {
+    "mean": {},
+    "sum": {"options": {"reduction": "sum"}},
+    "none": {"options": {"reduction": "none"}},
+    "num_items": {"options": {"num_items": 7.0}},
+    "bias": {"bias": True},
+    "bias, none": {"bias": True, "options": {"reduction": "none"}},
+    "transform": {"transform": CAPPED},
+    "bias, transform, none": {
+        "bias": True,
+        "transform": CAPPED,
+        "options": {"reduction": "none"},
+    },
+    "bias, limit that leaves ranks without ids": {
+        "bias": True,
+        "transform": LogitTransform(vocab_limit=23, softcap=9.0),
+    },
+    "token weights": {"weigh": True},
+    "token weights, none": {"weigh": True, "options": {"reduction": "none"}},
+    "several chunks": {"N": 33, "options": {"chunk_bytes": 5000}},
+    "one row a chunk": {"options": {"chunk_bytes": 1, "reduction": "none"}},
+    "one head": {"shared": True},
+    "frozen head": {"frozen": ("weight",)},
+    "frozen head, trained bias": {"bias": True, "frozen": ("weight",)},
+    "head alone": {"frozen": ("hidden",)},
+    "no row": {"N": 0},
+    "no row, none": {"N": 0, "options": {"reduction": "none"}},
+    "ignored": {"ignore": True},
+    "ignored, none": {"ignore": True, "bias": True, "options": {"reduction": "none"}},
+    "fewer ids than shares": {"V": 5},
+}
+
+
+@each_size
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_equals_the_whole_loss(ranks, size, variant):
+    calls = [Call(loss, **variant) for loss in LOSSES]
+    for call, found in zip(calls, together(ranks, size, calls), strict=True):
+        assert_exact(found, parts.outcome(call), call)
+
+
+@pytest.mark.parametrize("cuts", [(0, 1, 50, 50, 97), (0, 0, 0, 97, 97)])
+def test_any_cuts(ranks, cuts):
+    calls = [
+        Call(loss, cuts=cuts, bias=bias, options={"reduction": reduction})
+        for loss, bias, reduction in zip(
+            LOSSES * 2, (True, False, False) * 4, ("none", "mean") * 6, strict=True
+        )
+    ]
+    for call, found in zip(calls, together(ranks, 4, calls), strict=True):
+        assert_exact(found, parts.outcome(call), call)
+
+
+@each_size
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_single_precision(ranks, size, shared, loss):
+    call = Call(loss, N=40, shared=shared, options={"reduction": "sum"})
+    single = call._replace(dtype=torch.float32)
+    (found,) = together(ranks, size, [single])
+    expected, own = parts.eager(call), parts.eager(single)
+    for name, right in expected.items():
+        assert_close(name, found[name], right, own[name])
