@@ -113,3 +113,86 @@ def test_single_precision(ranks, size, shared, loss):
     expected, own = parts.eager(call), parts.eager(single)
     for name, right in expected.items():
         assert_close(name, found[name], right, own[name])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_equals_the_whole_model_under_fsdp_and_tensor_parallelism(ranks, loss):
+    expected = parts.step(Call(loss), two=False)
+    for found in ranks(4).run(parts.step, Call(loss), True):
+        assert_exact(found, expected, loss)
+
+
+@each_size
+def test_cuts_are_those_of_dtensors(ranks, size):
+    assert all(ranks(size).run(parts.cuts_agree, [97, 96, 5, 2, 1]))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loss", LOSSES[2:])
+def test_second_backward(ranks, loss, reduction):
+    call = Call(loss, options={"reduction": reduction})
+    for first, second, third in ranks(2).run(parts.again, call):
+        for once, twice in zip(first, second, strict=True):
+            assert once.any()
+            torch.testing.assert_close(twice, 2 * once)
+        assert "second derivative" in third
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_without_gradient(ranks, loss):
+    expected = parts.outcome(Call(loss))["loss"]
+    for requires_grad, found in ranks(2).run(parts.without_gradient, Call(loss)):
+        assert not requires_grad
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES[2:])
+def test_gradient_of_logits_in_16_bits(ranks, loss):
+    """Where an accelerator multiplies 16-bit operands into fp32; the same arithmetic here."""
+    for found, wide in ranks(2).run(parts.halves, loss):
+        for name in ("hidden", "weight"):
+            error = (found[name] - wide[name]).double().norm() / wide[name].double().norm()
+            assert 0 < error < 5e-3, name
+
+
+def test_a_target_that_does_not_exist_makes_its_row_nan(ranks):
+    for losses in ranks(2).run(parts.targets_of_nobody):
+        for loss in losses:
+            assert loss.isnan().tolist() == [True, False, True, True]
+
+
+REFUSED = {
+    "push-pull": "ValueError: vocab_parallel: got one with a loss of chosen ids",
+    "BiLD": "ValueError: vocab_parallel: got one with a loss of chosen ids",
+    "top-K KL": "ValueError: vocab_parallel: got one with a loss of chosen ids",
+    "rows": "ValueError: student_weight: got 4 rows, expected 5, the ids from",
+    "teacher's rows": "ValueError: teacher_weight: got 4 rows, expected 5",
+    "bias": "ValueError: student_bias: got shape (10,), expected (5,)",
+    "limit": "ValueError: teacher_weight: got a vocabulary of 4, expected the student's 10",
+    "backend": "ValueError: backend: got 'native' with vocab_parallel",
+    "logits": "ValueError: vocab_parallel: got one beside student_logits",
+    "type": "TypeError: vocab_parallel: got tuple, expected a VocabParallel",
+    "cuts": "ValueError: cuts: got (0, 10), expected 3 rising numbers",
+    "falling cuts": "ValueError: cuts: got (0, 11, 10), expected 3 rising numbers",
+    "columns": "ValueError: weight: got placements (Shard(dim=1),)",
+    "DTensor": "TypeError: student_weight: got a DTensor",
+}
+
+
+def test_refuses(ranks):
+    for said in ranks(2).run(parts.refusals):
+        assert said.keys() == REFUSED.keys()
+        for name, message in REFUSED.items():
+            assert said[name].startswith(message), said[name]
+            assert "\n" not in said[name]
+
+
+@pytest.mark.parametrize("loss", ["kl_and_ce", "jsd", "cross_entropy"])
+def test_memory_is_a_chunk_of_local_logits(ranks, loss):
+    V, few, many, chunk_bytes = 4096, 256, 1024, 1 << 19
+    for small, large in ranks(2).run(parts.peaks, loss, (few, many), V, chunk_bytes):
+        # no N x V: only rows of the hidden states, some copies of them, and numbers a row
+        assert large - small < (many - few) * 4 * (5 * 16 + 12 + 16)
+        assert large - small < (many - few) * V // 2 / 4
+        # the chunk, temporaries and dW; the last two are a few MB here
+        assert small < 4 * chunk_bytes + 3 * 4 * (V // 2) * 16
