@@ -1,7 +1,8 @@
 """What the operations lm_head_loss and lm_head_rows are where each rank has a part of the head.
 
 They are autograd functions, not custom operations: those take neither a process group nor, in a
-compiled graph, a place in the order of the collectives. A compiler leaves them out of its graph.
+compiled graph, a place in the order of the collectives. A compiler leaves them out of its graph
+(torch.compiler.disable, by the name that does not import the compiler to say so).
 Row sums are completed a chunk at a time inside the driver, the gradient of the hidden states once,
 here; the gradients of head and bias are those of this rank's rows. Every rank must make the same
 calls, with the same rows and the same upstream gradient. Shapes as in `_ops.py`.
@@ -71,11 +72,13 @@ class _Rows(torch.autograd.Function):
         return None, *_ops.returned(ctx, (dx_ND, *head))
 
 
+@torch._disable_dynamo  # pyright: ignore
 def parallel_loss(part: Part, inputs: _ops.Inputs) -> tuple[Tensor, ...]:
     """Return the weighted sum over rows, the loss of each, and statistics (S, N)."""
     return _Loss.apply(part, *inputs)  # pyright: ignore
 
 
+@torch._disable_dynamo  # pyright: ignore
 def parallel_rows(part: Part, inputs: _ops.Inputs) -> tuple[Tensor, ...]:
     """Return the loss of each row, and statistics (S, N)."""
     return _Rows.apply(part, *inputs)  # pyright: ignore

@@ -320,3 +320,16 @@ def peaks(loss: str, rows: tuple[int, ...], V: int, chunk_bytes: int) -> list[in
         forward = partial(CASES[loss].linear, *arguments, **options)
         found.append(peak_bytes(lambda forward=forward: forward().backward()))
     return found
+
+
+def compiled(call: Call) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Gradients of a compiled function that calls the loss, and of the same not compiled."""
+    parallel = parallel_of(call)
+    ids = slice(parallel.start, parallel.stop)
+    (x, w, *rest), options = call.arguments(ids=ids, vocab_parallel=parallel)
+
+    def total(x: Tensor, w: Tensor) -> Tensor:
+        return 2 * CASES[call.loss].linear(x.tanh(), w, *rest, **options).sum()
+
+    found = torch.compile(total, backend="aot_eager")(x, w)
+    return torch.autograd.grad(found, (x, w)), torch.autograd.grad(total(x, w), (x, w))

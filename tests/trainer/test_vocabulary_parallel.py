@@ -196,3 +196,11 @@ def test_memory_is_a_chunk_of_local_logits(ranks, loss):
         assert large - small < (many - few) * V // 2 / 4
         # the chunk, temporaries and dW; the last two are a few MB here
         assert small < 4 * chunk_bytes + 3 * 4 * (V // 2) * 16
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_in_a_compiled_function(ranks, reduction):
+    call = Call("kl_and_ce", options={"reduction": reduction})
+    for found, expected in ranks(2).run(parts.compiled, call):
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
