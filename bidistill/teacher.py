@@ -1,9 +1,9 @@
-"""The teacher: the model before training, told in its context what to do.
+"""The teacher's rows: what a model says that is told in its context what to do.
 
 Its last hidden states at the answer rows are all that a loss needs; logits are never stored. They
-are computed inside the step (``models.attach_distill_step``), or once before the first step and
-kept, in memory (:class:`HiddenCache`) or on disk (``teacher_store.TeacherStore``): the base model
-does not change, so all give the same rows.
+are computed in each step, or, where the teacher does not change, once before the first step and
+kept, in memory (:class:`HiddenCache`) or on disk (``teacher_store.TeacherStore``), which gives the
+same rows. Who the teacher is stands in ``teachers.py``.
 
 Legend: N answer rows, H hidden width, V vocabulary.
 """
@@ -47,14 +47,17 @@ class HiddenCache:
     weights train. Where the head trains too, a frozen copy of it belongs to the cache.
 
     Args:
-        model: the student, untrained.
+        model: the student, untrained; or another model.
         examples: all examples that may come up.
+        own_head: whether the model is another one than the student.
     """
 
-    def __init__(self, model: nn.Module, examples: Sequence[Example]) -> None:
+    def __init__(
+        self, model: nn.Module, examples: Sequence[Example], *, own_head: bool = False
+    ) -> None:
         """Run the teacher over all examples."""
         self.rows: dict[str, Tensor] = {}
-        self.weight, self.bias = frozen_head(model)
+        self.weight, self.bias = frozen_head(model, own=own_head)
         packs = list(chunks(examples))
         for pack in track(packs, len(packs), "teacher"):
             for example, rows in zip(pack, teacher_rows(model, pack), strict=True):
@@ -84,11 +87,16 @@ def teacher_rows(model: nn.Module, examples: Sequence[Example]) -> list[Tensor]:
     return list(hidden.cpu().split([len(example.answer_ids) for example in examples]))
 
 
-def frozen_head(model: nn.Module) -> tuple[Tensor | None, Tensor | None]:
-    """Copies of the head's weight and bias if they will change; None where the student's serve."""
+def frozen_head(model: nn.Module, *, own: bool = False) -> tuple[Tensor | None, Tensor | None]:
+    """Copies of the head's weight and bias; None where the student's serve.
+
+    Args:
+        model: the teacher's.
+        own: whether that is another model than the student; else they serve unless they train.
+    """
     head = model.get_output_embeddings()  # type: ignore
     parameters = [head.weight, getattr(head, "bias", None)]
-    if not any(p is not None and p.requires_grad for p in parameters):
+    if not own and not any(p is not None and p.requires_grad for p in parameters):
         return None, None
     weight, bias = (None if p is None else whole(p.detach()).clone() for p in parameters)
     return weight, bias

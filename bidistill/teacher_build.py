@@ -46,6 +46,7 @@ def build_rows(
     folder: Path,
     made_of: Mapping[str, Any],
     *,
+    own_head: bool = False,
     rank: int | None = None,
     world_size: int | None = None,
 ) -> None:
@@ -56,10 +57,12 @@ def build_rows(
     does.
 
     Args:
-        model: the student, untrained and whole on each rank; its adapters are off inside.
+        model: the student, untrained and whole on each rank, whose adapters are off inside; or
+            another model.
         examples: at least one; the same ones, in the same order, on each rank.
         folder: to be made, on a disk that all ranks see.
         made_of: what the rows follow from, as JSON; written to the header.
+        own_head: whether the model is another one than the student, and its head is to be kept.
         rank: of this process; None: as ``torch.distributed`` says, or 0 where it is not set up.
         world_size: number of ranks; None likewise, or 1.
 
@@ -81,7 +84,7 @@ def build_rows(
             notes = _gather(notes, world_size)
             if rank == 0:
                 notes |= _write(temporary / INDEX, index.tensors())
-                head = dict(zip(("weight", "bias"), frozen_head(model), strict=True))
+                head = dict(zip(("weight", "bias"), frozen_head(model, own=own_head), strict=True))
                 if kept := {name: tensor for name, tensor in head.items() if tensor is not None}:
                     notes |= _write(temporary / HEAD, kept)
                 files = dict(sorted(notes.items()))

@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 
+from bidistill import teacher_model
 from bidistill.config import TrainConfig
 from bidistill.data.build import build_store
 from bidistill.data.store import Selection, TokenStore
@@ -28,6 +31,7 @@ from bidistill.progress import say
 from bidistill.teacher import contexts_of
 from bidistill.teacher_build import build_rows
 from bidistill.teacher_store import FORMAT, TeacherStore, problem_of
+from bidistill.world import device
 
 
 def main(config: TrainConfig, *, check: bool = False) -> Path:
@@ -51,11 +55,15 @@ def main(config: TrainConfig, *, check: bool = False) -> Path:
             f"teacher-cache: got {ranks} ranks, expected one; run it without torchrun, or let "
             "bidistill train make the store on all of them"
         )
+    kept = replace(config.teacher, cache="disk")
+    teacher_model.check(replace(config, teacher=kept))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    tokenizer = load_tokenizer(config.model.path)
+    teacher_model.check_vocabulary(config, tokenizer)
     tokens = build_store(
         config.data.train,
-        load_tokenizer(config.model.path),
+        tokenizer,
         contexts_of(config.teacher),
         max_answer_tokens=config.data.max_answer_tokens,
         folder=config.data.cache,
@@ -67,9 +75,7 @@ def main(config: TrainConfig, *, check: bool = False) -> Path:
     if problem and check:
         raise UserError(f"{problem}; run bidistill teacher-cache without --check to make it again")
     if problem:
-        model = load_model(config.model, config.seed)
-        with autocast(config.model, model):
-            _build(model, examples, folder, made_of)
+        _build(config, lambda: _load(config), examples, folder, made_of)
     else:
         say(f"{folder}: whole, all checksums are right")
     store = TeacherStore(folder, verify=False)
@@ -79,7 +85,16 @@ def main(config: TrainConfig, *, check: bool = False) -> Path:
     return folder
 
 
-def rows_on_disk(config: TrainConfig, model: nn.Module, tokens: TokenStore) -> TeacherStore:
+def _load(config: TrainConfig) -> nn.Module:
+    """The teacher's model, whole."""
+    if config.teacher.kind == "frozen":
+        return teacher_model.load(config)
+    return load_model(config.model, config.seed)
+
+
+def rows_on_disk(
+    config: TrainConfig, load: Callable[[], nn.Module], tokens: TokenStore
+) -> TeacherStore:
     """Open the store of a recipe; make it if it is not there or damaged.
 
     What is found is checked by sizes and headers; set the environment variable
@@ -88,7 +103,7 @@ def rows_on_disk(config: TrainConfig, model: nn.Module, tokens: TokenStore) -> T
 
     Args:
         config: the recipe.
-        model: its model, untrained and whole, under the recipe's autocast.
+        load: gives the teacher's model, untrained and whole; called if the store is to be made.
         tokens: all examples of the recipe.
 
     Raises:
@@ -103,8 +118,8 @@ def rows_on_disk(config: TrainConfig, model: nn.Module, tokens: TokenStore) -> T
     if dist.is_available() and dist.is_initialized():
         dist.broadcast_object_list(whole, src=0)  # all must do the same
     if not whole[0]:
-        _build(model, examples, folder, made_of)
-    return TeacherStore(folder, device=next(model.parameters()).device, verify=False)
+        _build(config, load, examples, folder, made_of)
+    return TeacherStore(folder, device=device(), verify=False)
 
 
 def selected(config: TrainConfig, tokens: TokenStore) -> Selection:
@@ -116,8 +131,8 @@ def place(config: TrainConfig, examples: Selection) -> tuple[Path, dict[str, Any
     """The folder of a recipe's store, and what its rows follow from.
 
     That is the content of the model's files, the tokens of the examples, contexts included, the
-    dtypes of weights and compute, and whether the head trains, for then the store keeps a copy.
-    The model's files are read to the end for it.
+    dtypes of weights and compute, and whether the store keeps a head: that of a frozen teacher, or
+    the student's if it trains. The model's files are read to the end for it.
 
     Args:
         config: the recipe.
@@ -126,30 +141,40 @@ def place(config: TrainConfig, examples: Selection) -> tuple[Path, dict[str, Any
     Raises:
         UserError: the folder of the model is missing.
     """
-    folder = model_folder(config.model.path)
+    model, frozen = teacher_model.settings(config), config.teacher.kind == "frozen"
+    folder = model_folder(model.path)
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    trains = config.model.adapter is None
+    trains = model.adapter is None and not frozen
     made_of = {
         "format": FORMAT,
         "transformers": transformers.__version__,
         "model": {path.name: file_sha256(path) for path in files},
         "examples": examples.digest,
-        "weights": "float32" if trains else config.model.dtype,
-        "compute": config.model.dtype,
-        "head": trains,
+        "weights": "float32" if trains else model.dtype,
+        "compute": model.dtype,
+        "head": trains or frozen,
     }
     key = sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
     return (config.teacher.cache_folder or user_cache() / "teacher") / key, made_of
 
 
-def _build(model: nn.Module, examples: Selection, folder: Path, made_of: dict[str, Any]) -> None:
+def _build(
+    config: TrainConfig,
+    load: Callable[[], nn.Module],
+    examples: Selection,
+    folder: Path,
+    made_of: dict[str, Any],
+) -> None:
     """Make a store, in place of a damaged one, and say so on rank 0."""
     if _is_first():
         say(f"running the teacher once, into {folder}")
         if folder.exists():
             shutil.rmtree(folder)
     start = time.perf_counter()
-    build_rows(model, examples, folder, made_of)
+    model = load()
+    with autocast(teacher_model.settings(config), model):
+        own = config.teacher.kind == "frozen"
+        build_rows(model, examples, folder, made_of, own_head=own)
     if _is_first():
         say(f"wrote {folder} in {time.perf_counter() - start:.1f} s")
 

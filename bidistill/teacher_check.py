@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bidistill import teacher_model
 from bidistill.config import TrainConfig
 from bidistill.data.readers import read_records
 from bidistill.data.records import FORGETTING, ROLES, Record, Role
@@ -64,7 +65,7 @@ def check_main(config: TrainConfig, probes: Path | None = None) -> dict[str, Any
     records = list(read_records(config.data.train))
     known = read_probes(probes) if probes else ()
     tokenizer = load_tokenizer(config.model.path)
-    model = load_base(config.model.path)
+    model = load_base(teacher_model.settings(config).path)
     return check(model, tokenizer, records, contexts_of(config.teacher), known)
 
 
