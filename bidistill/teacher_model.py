@@ -125,9 +125,10 @@ def transforms(
         other = AutoConfig.from_pretrained(model_folder(folder), local_files_only=True)
     theirs = transform_of_config(other)
     rows = student.get_output_embeddings().weight.shape[0]  # type: ignore
+    rows_of_other = other.get_text_config().vocab_size
     sizes = [
         min(rows, own.vocab_limit or rows),
-        min(other.get_text_config().vocab_size, theirs.vocab_limit or rows),
+        min(rows_of_other, theirs.vocab_limit or rows_of_other),
     ]
     if (common := min(sizes)) < len(tokenizer):
         raise UserError(
