@@ -39,8 +39,8 @@ class Teacher:
     def rows(self, batch: Batch) -> Packed | TeacherRows | None:
         """Rows of a part of a step.
 
-        They are computed before the autocast of the student's forward is entered: it keeps weights
-        that it has rounded, without a gradient if that was in a teacher's forward.
+        They are computed outside of the autocast of the student's forward: it keeps the weights
+        that it has rounded, and would not notice that averages have taken their place.
 
         Returns:
             The rows; or the teacher's pack, whose rows the step computes with its adapters off; or

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from bidistill import checkpoint, distributed
-from bidistill.data.loader import RoleLoader
+from bidistill.data.loader import Batch, RoleLoader
 from bidistill.data.views import build_examples
-from bidistill.models import attach_distill_step
+from bidistill.models import TeacherRows, attach_distill_step, autocast
 from bidistill.objectives import Objectives
 from bidistill.teachers import Ema, Frozen, Live, Teacher
 from bidistill.update import make_optimizer, train_step
@@ -74,6 +74,30 @@ def run(case: Case, kind: str, alone: bool = False) -> Outcome:
     parts = [*made[0].model.parameters(), *made[0].tensors().values()]
     assert world.size == 1 or all(isinstance(part, DTensor) for part in parts)
     return outcome
+
+
+def rows_of_averages(case: Case, alone: bool = False) -> list[dict[str, Tensor]]:
+    """Rows and head by averages that are far from the weights; and with the averages as weights."""
+    world = World() if alone else join()
+    model, teacher, _ = _parts(case, world)
+    with torch.no_grad():
+        for average in teacher.averages.values():
+            average.mul_(0.5)
+    examples = build_examples(records(), make_tokenizer(), CONTEXTS)
+    batch = Batch(tuple(examples[:4]))
+    settings = config_of(case).model
+    found = [Live(model, settings).rows(batch), teacher.rows(batch)]
+    with torch.no_grad():
+        for name, weight in teacher.trained.items():
+            weight.copy_(teacher.averages[name])
+    distributed.put_back(model)
+    with autocast(settings, model):
+        found.append(model.own_rows(batch.teacher(), head=teacher.head_trains))
+    assert not torch.equal(found[0].hidden, found[1].hidden)
+    return [
+        {n: t.detach().clone() for n in TeacherRows.__slots__ if (t := getattr(rows, n)) is not None}
+        for rows in found[1:]
+    ]
 
 
 def saved(case: Case, folder: Path) -> dict[str, Tensor]:

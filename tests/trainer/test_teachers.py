@@ -128,12 +128,32 @@ def test_the_kinds_differ():
 
 @pytest.mark.parametrize("kind", ["live", "ema"])
 def test_in_bf16_every_adapter_hears_the_student(kind):
-    """Autocast keeps rounded weights, which would have no gradient after a teacher's forward."""
+    """Though its weights were read without a gradient just before."""
     case = Case("lora", dtype="bfloat16", double=False)
     exact = whole(Case("lora", double=False), kind)
     found = whole(case, kind)
     assert found.gradients.keys() == found.parameters.keys()
     assert 1e-4 < relative_together(found.gradients, exact.gradients) < 0.3
+
+
+@pytest.mark.parametrize("training", ["lora", "full"])
+def test_in_bf16_rows_are_those_of_the_averages(training):
+    found, expected = cut_teachers.rows_of_averages(
+        Case(training, dtype="bfloat16", double=False), alone=True
+    )
+    assert_same_rows(found, expected)
+
+
+@pytest.mark.parametrize(("training", "tied"), MODELS[1:4])
+def test_a_stray_forward_leaves_no_weights_behind(two, training, tied):
+    """Gathered by a forward without a backward, they would stand in for the averages."""
+    for found, expected in two.run(cut_teachers.rows_of_averages, Case(training, tied)):
+        assert_same_rows(found, expected)
+
+
+def assert_same_rows(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize(("training", "tied"), [("lora", True), ("full", False)])
