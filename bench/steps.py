@@ -40,6 +40,8 @@ from bidistill.errors import UserError
 from bidistill.loading import load_base
 from bidistill.models import TeacherRows, add_adapter, attach_distill_step, hidden_rows
 from bidistill.objectives import Objectives
+from bidistill.teachers import Base as AdaptersOff
+from bidistill.teachers import Kept, Teacher
 from bidistill.update import make_optimizer, train_step
 
 SEED = 0
@@ -103,7 +105,7 @@ MODELS = {"SmolLM2-135M": smollm2, "tiny": tiny}
 
 
 class FrozenCopy:
-    """The teacher of a full run; stands where the trainer has its cache of the teacher's rows."""
+    """The teacher of a full run, as a cache of rows is one."""
 
     def __init__(self, model: nn.Module, autocast: Callable[[], torch.autocast]) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False)
@@ -156,7 +158,7 @@ class Setup:
 
     def run(self, objectives: Objectives) -> Found:
         """One step; its gradients are the caller's."""
-        teacher: Any = self.teacher
+        teacher: Teacher = AdaptersOff() if self.teacher is None else Kept(self.teacher)
         entry = train_step(
             self.recipe, self.model, self.optimizer, objectives, teacher, self.batch, 0
         )

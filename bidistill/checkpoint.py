@@ -7,6 +7,7 @@ A checkpoint is a folder that appears under its final name when it is complete:
     checkpoints/step-000010/
         *.safetensors   weights/<parameter>, fp32
                         optimizer/<parameter>/<exp_avg, exp_avg_sq, step>
+                        teacher/<parameter>, what a teacher keeps of it
                         random/<rank>/<device>, states of generators
         state.json      step, loader position, counters
 
@@ -21,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -68,6 +70,7 @@ def save(
     state: Mapping[str, Any],
     keep: int,
     world: World | None = None,
+    teacher: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Path:
     """Write a checkpoint and delete all but the latest ``keep``; all ranks together.
 
@@ -78,6 +81,7 @@ def save(
         state: what else resuming needs, as JSON; has ``step``, the number of steps done.
         keep: checkpoints that stay, this one included.
         world: the ranks of the run; None: this process alone.
+        teacher: tensors of a teacher that changes with the run, by name.
 
     Returns:
         The folder of the new checkpoint.
@@ -99,6 +103,7 @@ def save(
         )
     tensors = {f"weights/{name}": p.detach() for name, p in made(model).items()}
     tensors |= _moments(trainable(model), optimizer)
+    tensors |= _of_teacher(teacher)
     tensors |= {f"random/{world.rank}/{name}": t for name, t in _random_states().items()}
     with _quiet():
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
@@ -119,9 +124,13 @@ def latest(folder: Path) -> Path | None:
 
 
 def load(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World | None = None
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World | None = None,
+    teacher: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Put the state of a checkpoint back into model, optimiser and random generators.
+    """Put the state of a checkpoint back into model, optimiser, teacher and random generators.
 
     With as many ranks as it was saved by, sharing the model in the same way, the run goes on bit
     for bit; with others, up to rounding, and generators that a rank lacks stay as seeded.
@@ -156,7 +165,7 @@ def load(
     own = f"random/{world.rank}/"
     random = {f"{own}{name}": t for name, t in _random_states().items() if f"{own}{name}" in known}
     with _readable(path), _quiet():
-        wanted = {**weights, **moments, **random}
+        wanted = {**weights, **moments, **_of_teacher(teacher), **random}
         load_tensors(wanted, storage_reader=reader, no_dist=world.size == 1)
     _restore_moments(parameters, optimizer, moments)
     _restore_random_states({name.rpartition("/")[2]: tensor for name, tensor in random.items()})
@@ -187,6 +196,11 @@ def _quiet() -> Iterator[None]:
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of the files with tensors: of one that is missing its tensors would not be missed."""
     return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
+
+
+def _of_teacher(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A teacher's tensors under the names of a checkpoint."""
+    return {f"teacher/{name}": tensor for name, tensor in tensors.items()}
 
 
 def _moments(

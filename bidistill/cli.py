@@ -114,7 +114,7 @@ def teacher_check(recipe: Path, overrides: Sequence[str], probes: Path | None) -
     from bidistill.config import load_config
 
     config = load_config(recipe, overrides)
-    from bidistill.teacher import check_main
+    from bidistill.teacher_check import check_main
 
     check_main(config, probes=probes)
 

@@ -107,8 +107,16 @@ class TeacherConfig:
 
     __pydantic_config__ = STRICT
 
-    kind: Literal["base"] = "base"
-    """``base`` is the model itself before training."""
+    kind: Literal["base", "frozen", "live", "ema"] = "base"
+    """``base``: the model before training, with no weights of its own; ``frozen``: a model beside
+    the student, which stays as it is; ``live``: the student as it is at each step; ``ema``: the
+    student with the moving average of what trains. See ``docs/teachers.md``."""
+    path: str | None = None
+    """Folder of a frozen teacher, with the student's vocabulary; ``null``: ``model.path``."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of a frozen teacher's weights and compute; ``null``: ``model.dtype``."""
+    ema_decay: Decay = 0.99
+    """Share of the average that each step keeps; about ``1 / (1 - ema_decay)`` steps count."""
     contexts: dict[Role, tuple[Message, ...]] = field(default_factory=dict)
     """Messages put before the question in the teacher's view, by role."""
     default_context: tuple[Message, ...] = ()

@@ -45,7 +45,12 @@ ATTENTION = "sdpa"
 
 
 def load_shared(
-    config: ModelConfig, parallel: ParallelConfig, world: World, seed: int = 0
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    world: World,
+    seed: int = 0,
+    *,
+    frozen: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """Load the model of a recipe, shared out among the ranks, with its root methods attached.
 
@@ -57,16 +62,17 @@ def load_shared(
         parallel: how it is shared out.
         world: the ranks; all must call it.
         seed: as in :func:`load_model`.
+        frozen: as in :func:`load_model`.
 
     Raises:
         UserError: as in :func:`load_model`; or the ranks cannot share the model out that way.
     """
-    model = empty_model(config) if world.size > 1 else None
+    model = empty_model(config, frozen=frozen) if world.size > 1 else None
     keys = model and keys_of(model, config.path)
     if model is None or keys is None:
         if world.size > 1:
             say(f"{config.path}: cannot be read in parts; every process loads the whole model")
-        model = load_model(config, seed)
+        model = load_model(config, seed, frozen=frozen)
     attach_distill_step(model)
     dtype = getattr(torch, config.dtype)
     distributed.shard(model, parallel, world, dtype)
@@ -78,7 +84,9 @@ def load_shared(
     return model.eval()
 
 
-def load_model(config: ModelConfig, seed: int = 0) -> PreTrainedModel | PeftModel:
+def load_model(
+    config: ModelConfig, seed: int = 0, *, frozen: bool = False
+) -> PreTrainedModel | PeftModel:
     """Load the model of a recipe, with a fresh adapter if the recipe asks for one.
 
     Weights that train are fp32 whatever the file holds: they are the masters that the optimiser
@@ -88,12 +96,13 @@ def load_model(config: ModelConfig, seed: int = 0) -> PreTrainedModel | PeftMode
         config: the model and its adapter.
         seed: of the adapter's first values, and of torch's global generators, set once all is
             loaded: loading may draw numbers or not, and what follows must not depend on it.
+        frozen: without an adapter, whether the weights stay as they are.
 
     Raises:
         UserError: the folder is missing, holds no safetensors file or lacks weights, or the
             adapter does not fit the model.
     """
-    model = _with_adapter(load_base(config.path, _dtype(config)), config)
+    model = _with_adapter(load_base(config.path, _dtype(config, frozen)), config, frozen)
     draw_adapters(model, seed)
     torch.manual_seed(seed)
     return model
@@ -127,7 +136,7 @@ def load_base(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTraine
     return model.to(device()).eval()
 
 
-def empty_model(config: ModelConfig) -> PreTrainedModel | PeftModel:
+def empty_model(config: ModelConfig, *, frozen: bool = False) -> PreTrainedModel | PeftModel:
     """The model of a recipe as :func:`load_model` makes it, its parameters without memory.
 
     They are on the meta device; buffers, which files need not hold, have their values.
@@ -139,12 +148,15 @@ def empty_model(config: ModelConfig) -> PreTrainedModel | PeftModel:
     with _readable(config.path), init_empty_weights(include_buffers=False):
         settings = AutoConfig.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_config(
-            settings, dtype=_dtype(config), attn_implementation=ATTENTION, trust_remote_code=False
+            settings,
+            dtype=_dtype(config, frozen),
+            attn_implementation=ATTENTION,
+            trust_remote_code=False,
         )
     model.tie_weights()
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return _with_adapter(model.eval(), config)
+    return _with_adapter(model.eval(), config, frozen)
 
 
 def keys_of(model: nn.Module, path: str | Path) -> dict[str, str] | None:
@@ -250,15 +262,17 @@ def _readable(path: str | Path) -> Iterator[None]:
         ) from None
 
 
-def _dtype(config: ModelConfig) -> torch.dtype:
+def _dtype(config: ModelConfig, frozen: bool) -> torch.dtype:
     """Of the weights in the files: what trains is fp32."""
-    return getattr(torch, config.dtype) if config.adapter else torch.float32
+    return getattr(torch, config.dtype) if config.adapter or frozen else torch.float32
 
 
-def _with_adapter(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel | PeftModel:
-    """With fresh adapters if the recipe asks for them."""
+def _with_adapter(
+    model: PreTrainedModel, config: ModelConfig, frozen: bool
+) -> PreTrainedModel | PeftModel:
+    """With fresh adapters if the recipe asks for them; else all weights train, or none."""
     if config.adapter is None:
-        return model
+        return model.requires_grad_(not frozen)
     wrapped = add_adapter(model, config.adapter)
     if config.adapter.contrast:
         # before the first forward: FSDP2 would go on to make gradients of what trained then

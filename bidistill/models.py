@@ -32,7 +32,7 @@ from bidistill_kernels import LogitTransform
 
 SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 SCALE_FIELDS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-ROOT_METHODS = ("distill_step", "teacher_rows")
+ROOT_METHODS = ("distill_step", "teacher_rows", "own_rows")
 """What runs the model from outside; where it is sharded, only these may."""
 TRANSFORM_TOLERANCE = 1e-4
 """Largest difference to the model's own logits, relative to the largest of them."""
@@ -175,12 +175,14 @@ def attach_distill_step(model: nn.Module) -> None:
     the teacher's pack, whose rows are then computed with the adapters off; or
     :class:`TeacherRows` at hand; or None for a loss that needs no teacher.
 
-    ``model.teacher_rows(packed)`` returns the rows of the model as it is with its adapters off.
+    ``model.teacher_rows(packed)`` returns the rows of the model as it is with its adapters off,
+    ``model.own_rows(packed)`` those with its adapters on, as :class:`TeacherRows`.
     """
     head = model.get_output_embeddings()  # type: ignore
     head.forward = types.MethodType(_head_forward, head)
     model.distill_step = types.MethodType(_distill_step, model)  # type: ignore
     model.teacher_rows = types.MethodType(base_rows, model)  # type: ignore
+    model.own_rows = types.MethodType(own_rows, model)  # type: ignore
 
 
 def _distill_step(
@@ -197,12 +199,27 @@ def _distill_step(
 @torch.no_grad()
 def base_rows(model: nn.Module, packed: Packed) -> Float[Tensor, "N H"]:
     """Hidden rows of the base model, which knows no adapters and no dropout."""
+    with adapters_off(model):
+        return own_rows(model, packed).hidden
+
+
+@torch.no_grad()
+def own_rows(model: nn.Module, packed: Packed, *, head: bool = False) -> TeacherRows:
+    """Hidden rows of the model as it is, without dropout.
+
+    Args:
+        model: its adapters are as they are found.
+        packed: what it reads.
+        head: give its head too. Where the model is shared out, that lasts until the ranks put
+            their parts back (``distributed.put_back``).
+    """
     training = model.training
     model.eval()
-    with adapters_off(model):
-        hidden = hidden_rows(model, packed)
+    hidden = hidden_rows(model, packed)
     model.train(training)
-    return hidden
+    if not head:
+        return TeacherRows(hidden)
+    return model.get_output_embeddings()(hidden, fused=TeacherRows)  # type: ignore
 
 
 def _head_forward(
@@ -220,12 +237,12 @@ def read_logit_transform(model: nn.Module) -> LogitTransform:
     Raises:
         UserError: the model's own logits differ from the transformed output of its head.
     """
-    transform = _transform_of_config(unwrapped(model).config)
+    transform = transform_of_config(unwrapped(model).config)
     _verify_transform(model, transform)
     return transform
 
 
-def _transform_of_config(config: PreTrainedConfig) -> LogitTransform:
+def transform_of_config(config: PreTrainedConfig) -> LogitTransform:
     """Scale, soft-cap and vocabulary limit by the fields that transformers models use."""
     scale = math.prod(_present(config, SCALE_FIELDS))
     if divisor := getattr(config, "logits_scaling", None):

@@ -39,6 +39,11 @@ LOSSES: dict[str, Callable[..., Any]] = {
 }
 
 
+def needs_teacher(configs: Mapping[Role, ObjectiveConfig]) -> bool:
+    """Whether any loss compares with a teacher."""
+    return any(config.loss != "cross_entropy" for config in configs.values())
+
+
 class StepResult(NamedTuple):
     """What one step's loss returns; tensors stay on the device."""
 
@@ -64,9 +69,10 @@ class Objectives:
 
     Args:
         configs: one objective for each role that takes part.
-        transform: what the model does to the output of its head; the teacher's is the same.
+        transform: what the model does to the output of its head.
         apart: roles whose losses are wanted one by one: those of every step, or none. Each then
             has a fused call of its own, which reads the LM head once more.
+        teacher_transform: what the teacher does to the output of its; None: the same.
 
     Raises:
         UserError: an option that the loss does not have.
@@ -77,17 +83,14 @@ class Objectives:
         configs: Mapping[Role, ObjectiveConfig],
         transform: LogitTransform | None = None,
         apart: Collection[Role] = (),
+        teacher_transform: LogitTransform | None = None,
     ) -> None:
         """Check the options and group the roles."""
         self.configs = dict(configs)
         self.transform = transform or LogitTransform()
+        self.teacher_transform = teacher_transform or self.transform
         self.apart = frozenset(apart)
         self.terms = _group(configs, self.apart)
-
-    @property
-    def need_teacher(self) -> bool:
-        """Whether any loss compares with a teacher."""
-        return any(term.loss != "cross_entropy" for term in self.terms)
 
     def for_step(self, examples: Sequence[Example], student: Packed) -> "StepLoss":
         """Bind the rows of one step: which count, for which role, with what weight.
@@ -176,7 +179,7 @@ class StepLoss:
             head = (weight, bias) if teacher.weight is None else (teacher.weight, teacher.bias)
             tensors += [teacher.hidden.to(hidden.device).index_select(0, index), head[0].detach()]
             keywords["teacher_bias"] = None if head[1] is None else head[1].detach()
-            keywords["teacher_transform"] = transform
+            keywords["teacher_transform"] = self.objectives.teacher_transform
         total, stats = LOSSES[term.loss](
             *tensors,
             self.target[rows].to(hidden.device),

@@ -1,24 +1,22 @@
-"""What a recipe is made into before the first step: model, batches, losses, teacher's rows."""
+"""What a recipe is made into before the first step: model, batches, losses, teacher."""
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bidistill import contrastive, distributed
+from bidistill import contrastive, teacher_model, teachers
 from bidistill.config import TrainConfig, require_objectives
 from bidistill.data.build import build_store
 from bidistill.data.loader import RoleLoader
 from bidistill.data.records import ROLES, Role
-from bidistill.data.views import Example
-from bidistill.errors import UserError
 from bidistill.loading import load_shared, load_tokenizer
-from bidistill.models import autocast, read_logit_transform
-from bidistill.objectives import Objectives
-from bidistill.teacher import HiddenCache, TeacherCache, contexts_of
+from bidistill.models import autocast
+from bidistill.objectives import Objectives, needs_teacher
+from bidistill.teacher import contexts_of
 from bidistill.teacher_cache import rows_on_disk
+from bidistill.teachers import Kept, Teacher
 from bidistill.world import World
 
 
@@ -30,7 +28,7 @@ class Ready(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     loader: RoleLoader
     objectives: Objectives
-    cache: TeacherCache | None
+    teacher: Teacher
 
 
 def prepare(config: TrainConfig, world: World) -> Ready:
@@ -47,6 +45,7 @@ def prepare(config: TrainConfig, world: World) -> Ready:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(config.model.path)
+    teacher_model.check_vocabulary(config, tokenizer)
     data, parallel = config.data, config.parallel
     with world.first_before_others():  # who finds the store and who makes it
         examples = build_store(
@@ -66,22 +65,25 @@ def prepare(config: TrainConfig, world: World) -> Ready:
         parts=parallel.accumulate,
         bucket=data.bucket,
     )
-    model = load_shared(config.model, parallel, world, config.seed)
     apart = () if config.combine == "sum" else sampled(config)
-    objectives = Objectives(config.objectives, read_logit_transform(model), apart)
-    distributed.put_back(model)
+    teacher = None if needs_teacher(config.objectives) else Teacher()
+    if teacher is None and config.teacher.kind == "frozen":
+        # before the student is there: two models would be too many where its rows are kept
+        teacher = teachers.frozen(config, examples, world)
+    model = load_shared(config.model, parallel, world, config.seed)
+    own, theirs = teacher_model.transforms(config, tokenizer, model)
+    objectives = Objectives(config.objectives, own, apart, theirs)
     adapter = config.model.adapter
-    cache: TeacherCache | None = None
     with autocast(config.model, model):
         if adapter and adapter.contrast:
-            contrastive.initialise(model, _used(examples, config), adapter)
-        if objectives.need_teacher and config.teacher.cache == "disk":
-            cache = rows_on_disk(config, model, examples, world)
-        if objectives.need_teacher and config.teacher.cache == "memory":
-            cache = HiddenCache(model, _used(examples, config))
+            contrastive.initialise(model, teachers.used(examples, config), adapter)
+        if teacher is None and config.teacher.cache == "disk":
+            teacher = Kept(rows_on_disk(config, lambda: model, examples, world))
+        if teacher is None:
+            teacher = teachers.of_student(config, model, examples)
     if world.rank:
         torch.manual_seed(config.seed + world.rank)  # dropout of its own
-    return Ready(model, tokenizer, loader, objectives, cache)
+    return Ready(model, tokenizer, loader, objectives, teacher)
 
 
 def sampled(config: TrainConfig) -> list[Role]:
@@ -92,13 +94,5 @@ def sampled(config: TrainConfig) -> list[Role]:
 def _check(config: TrainConfig) -> None:
     """Refuse what each part of the recipe allows, but not together."""
     require_objectives(config)
-    if config.model.adapter is None and config.teacher.cache == "off":
-        raise UserError(
-            "teacher.cache: got off while all weights train, expected memory or disk; the base "
-            "model is gone after the first step, so its rows must be kept"
-        )
-
-
-def _used(examples: Iterable[Example], config: TrainConfig) -> list[Example]:
-    """Those of the roles that are trained."""
-    return [example for example in examples if config.data.per_step.get(example.role)]
+    teacher_model.check(config)
+    Objectives(config.objectives)  # their options, before rows are computed for long

@@ -46,6 +46,8 @@ def build_rows(
     folder: Path,
     made_of: Mapping[str, Any],
     world: World | None = None,
+    *,
+    own_head: bool = False,
 ) -> None:
     """Run the teacher over all examples and write its rows; the folder appears when it is whole.
 
@@ -54,12 +56,13 @@ def build_rows(
     does.
 
     Args:
-        model: the student, untrained; its adapters are off inside. Where it is shared out, the
-            ranks run a pack each at a time, together.
+        model: the student, untrained, whose adapters are off inside; or another model. Where it is
+            shared out, the ranks run a pack each at a time, together.
         examples: at least one; the same ones, in the same order, on each rank.
         folder: to be made, on a disk that all ranks see.
         made_of: what the rows follow from, as JSON; written to the header.
         world: the ranks; None: this process alone.
+        own_head: whether the model is another one than the student, and its head is to be kept.
 
     Raises:
         UserError: the folder cannot be written.
@@ -74,7 +77,7 @@ def build_rows(
             dtype, own = _fill(model, examples, index, temporary, world)
             put_back(model)
             notes = {name: note for part in world.gather(own) for name, note in part.items()}
-            head = dict(zip(("weight", "bias"), frozen_head(model), strict=True))
+            head = dict(zip(("weight", "bias"), frozen_head(model, own=own_head), strict=True))
             if world.first:
                 notes |= _write(temporary / INDEX, index.tensors())
                 if kept := {name: tensor for name, tensor in head.items() if tensor is not None}:

@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,18 +19,19 @@ import torch
 import transformers
 from torch import nn
 
+from bidistill import teacher_model
 from bidistill.config import TrainConfig
 from bidistill.data.build import build_store
 from bidistill.data.store import Selection, TokenStore
 from bidistill.errors import UserError
 from bidistill.files import file_sha256, user_cache
 from bidistill.loading import load_shared, load_tokenizer, model_folder
-from bidistill.models import autocast, compute_device
+from bidistill.models import autocast
 from bidistill.progress import say
 from bidistill.teacher import contexts_of
 from bidistill.teacher_build import build_rows
 from bidistill.teacher_store import FORMAT, TeacherStore, problem_of
-from bidistill.world import World, join
+from bidistill.world import World, device, join
 
 
 def main(config: TrainConfig, *, check: bool = False) -> Path:
@@ -50,12 +53,16 @@ def main(config: TrainConfig, *, check: bool = False) -> Path:
             also that the store is missing or damaged.
     """
     world = join()
+    kept = replace(config.teacher, cache="disk")
+    teacher_model.check(replace(config, teacher=kept))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    tokenizer = load_tokenizer(config.model.path)
+    teacher_model.check_vocabulary(config, tokenizer)
     with world.first_before_others():
         tokens = build_store(
             config.data.train,
-            load_tokenizer(config.model.path),
+            tokenizer,
             contexts_of(config.teacher),
             max_answer_tokens=config.data.max_answer_tokens,
             folder=config.data.cache,
@@ -66,9 +73,7 @@ def main(config: TrainConfig, *, check: bool = False) -> Path:
     if problem and check:
         raise UserError(f"{problem}; run bidistill teacher-cache without --check to make it again")
     if problem:
-        model = load_shared(config.model, config.parallel, world, config.seed)
-        with autocast(config.model, model):
-            _build(model, examples, folder, made_of, world)
+        _build(config, lambda: _load(config, world), examples, folder, made_of, world)
     else:
         say(f"{folder}: whole, all checksums are right")
     store = TeacherStore(folder, verify=False)
@@ -78,8 +83,18 @@ def main(config: TrainConfig, *, check: bool = False) -> Path:
     return folder
 
 
+def _load(config: TrainConfig, world: World) -> nn.Module:
+    """The teacher's model, shared out among the ranks."""
+    if config.teacher.kind == "frozen":
+        return teacher_model.load(config, world)
+    return load_shared(config.model, config.parallel, world, config.seed)
+
+
 def rows_on_disk(
-    config: TrainConfig, model: nn.Module, tokens: TokenStore, world: World | None = None
+    config: TrainConfig,
+    load: Callable[[], nn.Module],
+    tokens: TokenStore,
+    world: World | None = None,
 ) -> TeacherStore:
     """Open the store of a recipe; make it if it is not there or damaged.
 
@@ -89,7 +104,7 @@ def rows_on_disk(
 
     Args:
         config: the recipe.
-        model: its model, untrained, under the recipe's autocast.
+        load: gives the teacher's model, untrained; called if the store is to be made.
         tokens: all examples of the recipe.
         world: the ranks; None: this process alone.
 
@@ -101,8 +116,8 @@ def rows_on_disk(
     thorough = os.environ.get("BIDISTILL_VERIFY") == "1"
     folder, made_of, problem = _look(config, examples, world, thorough=thorough)
     if problem:
-        _build(model, examples, folder, made_of, world)
-    return TeacherStore(folder, device=compute_device(model), verify=False)
+        _build(config, load, examples, folder, made_of, world)
+    return TeacherStore(folder, device=device(), verify=False)
 
 
 def selected(config: TrainConfig, tokens: TokenStore) -> Selection:
@@ -114,8 +129,8 @@ def place(config: TrainConfig, examples: Selection) -> tuple[Path, dict[str, Any
     """The folder of a recipe's store, and what its rows follow from.
 
     That is the content of the model's files, the tokens of the examples, contexts included, the
-    dtypes of weights and compute, and whether the head trains, for then the store keeps a copy.
-    The model's files are read to the end for it.
+    dtypes of weights and compute, and whether the store keeps a head: that of a frozen teacher, or
+    the student's if it trains. The model's files are read to the end for it.
 
     Args:
         config: the recipe.
@@ -124,17 +139,18 @@ def place(config: TrainConfig, examples: Selection) -> tuple[Path, dict[str, Any
     Raises:
         UserError: the folder of the model is missing.
     """
-    folder = model_folder(config.model.path)
+    model, frozen = teacher_model.settings(config), config.teacher.kind == "frozen"
+    folder = model_folder(model.path)
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    trains = config.model.adapter is None
+    trains = model.adapter is None and not frozen
     made_of = {
         "format": FORMAT,
         "transformers": transformers.__version__,
         "model": {path.name: file_sha256(path) for path in files},
         "examples": examples.digest,
-        "weights": "float32" if trains else config.model.dtype,
-        "compute": config.model.dtype,
-        "head": trains,
+        "weights": "float32" if trains else model.dtype,
+        "compute": model.dtype,
+        "head": trains or frozen,
     }
     key = sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
     return (config.teacher.cache_folder or user_cache() / "teacher") / key, made_of
@@ -157,12 +173,20 @@ def _look(
 
 
 def _build(
-    model: nn.Module, examples: Selection, folder: Path, made_of: dict[str, Any], world: World
+    config: TrainConfig,
+    load: Callable[[], nn.Module],
+    examples: Selection,
+    folder: Path,
+    made_of: dict[str, Any],
+    world: World,
 ) -> None:
     """Make a store, in place of a damaged one."""
     say(f"running the teacher once, into {folder}")
     if world.first and folder.exists():
         shutil.rmtree(folder)
     start = time.perf_counter()
-    build_rows(model, examples, folder, made_of, world)
+    model = load()
+    with autocast(teacher_model.settings(config), model):
+        own = config.teacher.kind == "frozen"
+        build_rows(model, examples, folder, made_of, world, own_head=own)
     say(f"wrote {folder} in {time.perf_counter() - start:.1f} s")

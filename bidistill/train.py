@@ -33,7 +33,7 @@ from bidistill.models import unwrapped
 from bidistill.objectives import Objectives
 from bidistill.prepare import Ready, prepare
 from bidistill.progress import say, track
-from bidistill.teacher import TeacherCache
+from bidistill.teachers import Teacher
 from bidistill.update import make_optimizer, train_step
 from bidistill.world import World, join
 
@@ -67,7 +67,7 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
     world.barrier()  # all have looked at the output folder, and nobody has written
     if world.first:
         run_folder.begin(config)  # nothing was written so far, and little can fail from here on
-    train(config, ready.model, ready.loader, ready.objectives, ready.cache, world)
+    train(config, ready.model, ready.loader, ready.objectives, ready.teacher, world)
     _export(config, ready, result, world)
     say(f"wrote {result}")
     return result
@@ -111,7 +111,7 @@ def train(
     model: nn.Module,
     loader: RoleLoader,
     objectives: Objectives,
-    cache: TeacherCache | None,
+    teacher: Teacher,
     world: World | None = None,
 ) -> None:
     """Run the remaining steps, from the latest checkpoint if there is one.
@@ -121,7 +121,7 @@ def train(
         model: with ``distill_step`` attached.
         loader: gives the batches.
         objectives: the losses.
-        cache: the teacher's rows; None computes them in each step.
+        teacher: gives the rows that the losses compare with.
         world: the ranks that train together; None: this process alone.
 
     Raises:
@@ -133,7 +133,7 @@ def train(
     folder = config.output / CHECKPOINTS
     done = Progress()
     if (path := checkpoint.latest(folder)) is not None:
-        state = checkpoint.load(path, model, optimizer, world)
+        state = checkpoint.load(path, model, optimizer, world, teacher.tensors())
         done = Progress(state["step"], state["skipped"])
         loader.load_state(state["loader"])
         say(f"resuming after step {done.step}")
@@ -142,14 +142,24 @@ def train(
     log = run_folder.log(config.output, done.step) if world.first else nullcontext(lambda _: None)
     with log as write, _interrupt() as interrupted:
         for batch, loader_state in track(batches, config.steps - done.step, "train"):
-            entry = train_step(config, model, optimizer, objectives, cache, batch, done.step, world)
+            entry = train_step(
+                config, model, optimizer, objectives, teacher, batch, done.step, world
+            )
             done.step += 1
             done.skipped += entry["skipped"]
             write(entry)
             stop = world.any(interrupted())
             if stop or done.step % config.checkpoint_every == 0:
                 state = {"step": done.step, "skipped": done.skipped, "loader": loader_state}
-                checkpoint.save(folder, model, optimizer, state, config.keep_checkpoints, world)
+                checkpoint.save(
+                    folder,
+                    model,
+                    optimizer,
+                    state,
+                    config.keep_checkpoints,
+                    world,
+                    teacher.tensors(),
+                )
             if stop:
                 say(f"stopped after step {done.step} of {config.steps}; go on with --resume")
                 raise SystemExit(STOPPED)

@@ -21,7 +21,7 @@ from bidistill.data.packing import Packed
 from bidistill.data.records import ROLES
 from bidistill.models import autocast
 from bidistill.objectives import Objectives, StepLoss, StepResult
-from bidistill.teacher import TeacherCache
+from bidistill.teachers import Teacher
 from bidistill.world import World
 
 
@@ -30,7 +30,7 @@ def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     objectives: Objectives,
-    cache: TeacherCache | None,
+    teacher: Teacher,
     batch: Batch,
     step: int,
     world: World | None = None,
@@ -42,7 +42,7 @@ def train_step(
         model: with ``distill_step`` attached.
         optimizer: over the trainable parameters.
         objectives: the losses.
-        cache: the teacher's rows, or None.
+        teacher: gives the rows that the losses compare with.
         batch: this rank's examples of the step.
         step: number of the step, from 0.
         world: the ranks that share the step; None: this process alone.
@@ -71,7 +71,7 @@ def train_step(
             distributed.reduce_gradients(model, after=part is parts[-1] or not delay)
             # blocks that are run again in the backward need their attention there, too
             with use_packed_attention(model) if config.parallel.recompute else nullcontext():
-                results.append(forward(config, model, objectives, cache, part))
+                results.append(forward(config, model, teacher, part))
                 yield results[-1]
 
     optimizer.zero_grad(set_to_none=True)
@@ -87,6 +87,7 @@ def train_step(
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     if finite:  # a bad step must not reach the moments either
         optimizer.step()
+    teacher.after_step(finite)
     by_role = zip(ROLES, role_sums, counts, strict=True)
     return {
         "step": step + 1,
@@ -115,16 +116,13 @@ class Part:
 def forward(
     config: TrainConfig,
     model: nn.Module,
-    objectives: Objectives,
-    cache: TeacherCache | None,
+    teacher: Teacher,
     part: Part,
 ) -> StepResult:
     """Run teacher, student and losses on a part; arguments as in :func:`train_step`."""
-    teacher = None
-    if objectives.need_teacher:
-        teacher = part.batch.teacher() if cache is None else cache.for_batch(part.batch)
+    rows = teacher.rows(part.batch)
     with autocast(config.model, model):
-        return model.distill_step(part.student, part.loss, teacher)  # type: ignore
+        return model.distill_step(part.student, part.loss, rows)  # type: ignore
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:

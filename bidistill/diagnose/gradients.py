@@ -92,10 +92,12 @@ def _check(roles: list[Role]) -> None:
 def _train(config: TrainConfig, count: int, every: int) -> list[Measurement]:
     """Take the steps of the recipe, and measure before every so many."""
     config = replace(config, parallel=ParallelConfig())  # this is one process
-    model, _, loader, objectives, cache = prepare(config, World())
+    model, _, loader, objectives, teacher = prepare(config, World())
     parameters = list(checkpoint.trainable(model).values())
     optimizer = make_optimizer(parameters, config.optim)
-    apart = Objectives(config.objectives, objectives.transform, sampled(config))
+    apart = Objectives(
+        config.objectives, objectives.transform, sampled(config), objectives.teacher_transform
+    )
     found = []
     for step, (batch, _) in enumerate(track(islice(loader, count), count, NAME)):
         if step % every == 0:
@@ -103,11 +105,11 @@ def _train(config: TrainConfig, count: int, every: int) -> list[Measurement]:
 
             def losses_of(batch: Batch = batch) -> Mapping[Role, Tensor]:
                 part = Part(batch, apart)
-                return forward(config, model, apart, cache, part).role_losses
+                return forward(config, model, teacher, part).role_losses
 
             found.append(measure(losses_of, parameters, step))
         model.train()
-        train_step(config, model, optimizer, objectives, cache, batch, step)
+        train_step(config, model, optimizer, objectives, teacher, batch, step)
     return found
 
 

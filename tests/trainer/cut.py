@@ -26,6 +26,7 @@ from bidistill.data.views import Message, build_examples
 from bidistill.models import add_adapter, attach_distill_step
 from bidistill.objectives import Objectives
 from bidistill.teacher import HiddenCache
+from bidistill.teachers import Base, Kept, Teacher
 from bidistill.update import make_optimizer, train_step
 from bidistill.world import World, join
 from tests.support import Wide
@@ -113,18 +114,23 @@ def run(case: Case) -> Outcome:
     return train(case, join())
 
 
-def train(case: Case, world: World) -> Outcome:
-    """The same for a given world."""
+def train(
+    case: Case, world: World, make_teacher: Callable[[Any, World], Teacher] | None = None
+) -> Outcome:
+    """The same for a given world, and by a teacher of the shared-out student's making."""
     config, model = config_of(case), model_of(case, world)
     examples = build_examples(records(), make_tokenizer(), CONTEXTS)
-    cache = None if case.live else HiddenCache(model, examples)
+    if make_teacher:
+        teacher = make_teacher(model, world)
+    else:
+        teacher = Base() if case.live else Kept(HiddenCache(model, examples))
     named = checkpoint.trainable(model)
     optimizer = torch.optim.SGD(named.values())
     shares = {"rank": world.rank, "world_size": world.size, "parts": case.accumulate}
     batches = islice(RoleLoader(examples, PER_STEP, 0, **shares), STEPS)
     objectives = Objectives(OBJECTIVES, apart=() if case.combine == "sum" else PER_STEP)
     log = [
-        train_step(config, model, optimizer, objectives, cache, batch, step, world)
+        train_step(config, model, optimizer, objectives, teacher, batch, step, world)
         for step, (batch, _) in enumerate(batches)
     ]
     return outcome(model, log)
@@ -143,12 +149,17 @@ def model_of(case: Case, world: World) -> Any:
         model.lm_head.weight.requires_grad_(False)
     attach_distill_step(model)
     if case.double:
-        model = model.double()
-        for module in model.modules():
-            if type(module).__name__.endswith(("RMSNorm", "RotaryEmbedding")):
-                module.forward = widened(module.forward)
+        double(model)
     distributed.shard(model, config.parallel, world, getattr(torch, case.dtype))
     return model.train()
+
+
+def double(model: Any) -> None:
+    """Have a model compute in fp64, all of it."""
+    model.double()
+    for module in model.modules():
+        if type(module).__name__.endswith(("RMSNorm", "RotaryEmbedding")):
+            module.forward = widened(module.forward)
 
 
 def widened(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -182,7 +193,7 @@ def with_an_idle_rank(case: Case, alone: bool = False) -> Outcome:
         examples = [replace(example, answer_ids=()) for example in examples[:1]]
     optimizer = torch.optim.SGD(checkpoint.trainable(model).values())
     batch, objectives = Batch(tuple(examples)), Objectives(OBJECTIVES)
-    log = [train_step(config, model, optimizer, objectives, None, batch, 0, world)]
+    log = [train_step(config, model, optimizer, objectives, Base(), batch, 0, world)]
     return outcome(model, log)
 
 
@@ -241,5 +252,5 @@ def _adam_steps(
     objectives = Objectives(OBJECTIVES)
     for step, (batch, _) in enumerate(islice(loader, steps.stop)):
         if step in steps:
-            train_step(config, model, optimizer, objectives, None, batch, step, world)
+            train_step(config, model, optimizer, objectives, Base(), batch, step, world)
     return optimizer

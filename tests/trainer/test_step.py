@@ -17,7 +17,7 @@ from bidistill.data.records import Role
 from bidistill.data.views import Message, build_examples
 from bidistill.errors import UserError
 from bidistill.models import TeacherRows, adapters_off, add_adapter, attach_distill_step
-from bidistill.objectives import Objectives
+from bidistill.objectives import Objectives, needs_teacher
 from bidistill.teacher import HiddenCache
 from tests.trainer.tiny import SHOTS, make_model, randomise_adapters
 
@@ -191,7 +191,7 @@ def test_roles_with_one_loss_share_a_call():
 def test_a_step_without_a_teacher(batch):
     model = make_student("lora")
     objectives = Objectives({r: ObjectiveConfig(loss="cross_entropy") for r in OBJECTIVES})
-    assert not objectives.need_teacher
+    assert not needs_teacher(objectives.configs)
     student = batch.student()
     result = model.distill_step(student, objectives.for_step(batch.examples, student), None)
     nll = [

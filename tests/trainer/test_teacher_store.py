@@ -428,7 +428,7 @@ def no_teacher(monkeypatch):
 
         monkeypatch.setattr(Batch, "teacher", raising)
         monkeypatch.setattr(models, "adapters_off", raising)
-        monkeypatch.setattr(teacher, "adapters_off", raising)
+        monkeypatch.setattr(models, "own_rows", raising)
         monkeypatch.setattr(models, "hidden_rows", student_only)
 
     return forbid

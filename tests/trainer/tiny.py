@@ -28,12 +28,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(tied: bool = True, seed: int = 0) -> LlamaForCausalLM:
+def make_model(tied: bool = True, seed: int = 0, width: int = 32) -> LlamaForCausalLM:
     """Three layers of random weights, wide enough apart for peaked softmaxes."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=258,
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=48,
         num_hidden_layers=3,
         num_attention_heads=4,

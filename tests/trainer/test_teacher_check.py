@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from bidistill import teacher
+from bidistill import teacher_check
 from bidistill.data.records import Record
 from bidistill.errors import UserError
 from bidistill.evaluation.probes import Probe, write_probes
+from bidistill.teacher import contexts_of
 from tests.trainer.tiny import SHOTS
 
 CONTEXTS = {"forget": SHOTS, "adversarial": SHOTS, "neighbor": (), "retain": ()}
@@ -44,9 +45,9 @@ def puppet(taught, base=lambda question, prefill: KNOWN.get(question, " 2.")):
 
 
 def run(monkeypatch, records, tokenizer, speaker, probes=PROBES, contexts=CONTEXTS):
-    monkeypatch.setattr(teacher, "generate", speaker)
+    monkeypatch.setattr(teacher_check, "generate", speaker)
     no_model: Any = torch.nn.Identity()  # the puppet speaks for it
-    return teacher.check(no_model, tokenizer, records, contexts, probes)
+    return teacher_check.check(no_model, tokenizer, records, contexts, probes)
 
 
 def test_an_obedient_teacher_passes(monkeypatch, records, tokenizer, capsys):
@@ -104,21 +105,21 @@ def test_without_probes_leaks_are_said_to_be_unknown(monkeypatch, records, token
 def test_asks_a_limited_sample(monkeypatch, tokenizer):
     many = [Record(id=str(i), role="retain", question=f"{i}?", answer="x") for i in range(50)]
     found = run(monkeypatch, many, tokenizer, puppet(None), probes=())
-    assert found["rows"]["retain"]["n"] == teacher.QUESTIONS_PER_ROLE
+    assert found["rows"]["retain"]["n"] == teacher_check.QUESTIONS_PER_ROLE
 
 
 def test_check_of_a_recipe_asks_in_the_role_s_context(config, tmp_path, monkeypatch, capsys):
     """The real generation on the tiny model, which babbles: every forget gate fails."""
     asked = []
-    generate = teacher.generate
+    generate = teacher_check.generate
 
     def watched(model, tokenizer, prompts, **keywords):
         asked.append((keywords["context"], [question for question, _ in prompts]))
         return generate(model, tokenizer, prompts, **keywords, max_new_tokens=2)
 
-    monkeypatch.setattr(teacher, "generate", watched)
+    monkeypatch.setattr(teacher_check, "generate", watched)
     write_probes(tmp_path / "probes.jsonl", PROBES)
-    found = teacher.check_main(config, tmp_path / "probes.jsonl")
+    found = teacher_check.check_main(config, tmp_path / "probes.jsonl")
     assert "forget: refuses 0.00, expected at least 0.90" in found["failed"]
     contexts = [bool(context) for context, _ in asked]
     assert contexts == [False] * 4 + [True] * 2  # without a context the base answers for both
@@ -130,7 +131,7 @@ def test_check_of_a_recipe_asks_in_the_role_s_context(config, tmp_path, monkeypa
 def test_default_context_serves_roles_without_their_own(config):
     system = ({"role": "system", "content": "Be brief."},)
     settings = replace(config.teacher, default_context=system)
-    contexts = teacher.contexts_of(settings)
+    contexts = contexts_of(settings)
     assert contexts == {
         "forget": SHOTS,
         "neighbor": system,
@@ -144,4 +145,4 @@ def test_check_names_what_is_missing(config, missing, tmp_path):
     if missing == "model":
         config = replace(config, model=replace(config.model, path="nowhere"))
     with pytest.raises(UserError, match="nowhere"):
-        teacher.check_main(config, tmp_path / "nowhere" if missing == "probes" else None)
+        teacher_check.check_main(config, tmp_path / "nowhere" if missing == "probes" else None)

@@ -1,0 +1,155 @@
+"""The model that a teacher's rows come from, and whether it fits the student.
+
+It is the student itself, but for a frozen teacher, which is a model of its own: the same one in
+another dtype, or another one with the student's vocabulary. Its width may differ, and so may what
+it does to the output of its head.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from torch import nn
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from bidistill.config import ModelConfig, TrainConfig
+from bidistill.distributed import put_back
+from bidistill.errors import UserError
+from bidistill.loading import load_shared, load_tokenizer, model_folder
+from bidistill.models import read_logit_transform, transform_of_config
+from bidistill.world import World
+from bidistill_kernels import LogitTransform
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse what a kind of teacher cannot do.
+
+    Raises:
+        UserError: rows are to be kept that change with the student, or would be lost if they were
+            not kept; or a folder or a dtype is given for a teacher that has no weights of its own.
+    """
+    teacher = config.teacher
+    if teacher.kind in ("live", "ema") and teacher.cache != "off":
+        raise UserError(
+            f"teacher.cache: got {teacher.cache} with teacher.kind {teacher.kind}, whose rows "
+            "change with every step, expected off; set teacher.cache to off"
+        )
+    if teacher.kind == "base" and config.model.adapter is None and teacher.cache == "off":
+        raise UserError(
+            "teacher.cache: got off while all weights train, expected memory or disk; the base "
+            "model is gone after the first step, so keep its rows, or set teacher.kind to frozen"
+        )
+    for key in ("path", "dtype"):
+        if teacher.kind != "frozen" and (value := getattr(teacher, key)) is not None:
+            raise UserError(
+                f"teacher.{key}: got {value} with teacher.kind {teacher.kind}, which has no "
+                "weights of its own, expected none; leave it out, or set teacher.kind to frozen"
+            )
+
+
+def settings(config: TrainConfig) -> ModelConfig:
+    """Folder and dtype of the teacher's model; those of the student, but for a frozen teacher."""
+    teacher = config.teacher
+    if teacher.kind != "frozen":
+        return config.model
+    return replace(
+        config.model,
+        path=teacher.path or config.model.path,
+        dtype=teacher.dtype or config.model.dtype,
+        adapter=None,
+    )
+
+
+def load(config: TrainConfig, world: World) -> nn.Module:
+    """Load a frozen teacher, shared out among the ranks as the student is.
+
+    Args:
+        config: the recipe.
+        world: the ranks; all must call it.
+
+    Raises:
+        UserError: the folder is missing or holds no model that can be used.
+    """
+    own = settings(config)
+    with _teachers_path(config):
+        parallel = replace(config.parallel, recompute=False)  # there is no backward
+        model = load_shared(own, parallel, world, frozen=True)
+        read_logit_transform(model)  # refuses a model whose head it does not understand
+    put_back(model)
+    return model
+
+
+def check_vocabulary(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a frozen teacher to which the student's token ids mean something else.
+
+    Args:
+        config: the recipe.
+        tokenizer: the student's.
+
+    Raises:
+        UserError: the folder is missing, or its tokenizer gives a token another id.
+    """
+    own = settings(config)
+    if own.path == config.model.path:
+        return
+    with _teachers_path(config):
+        found, expected = load_tokenizer(own.path).get_vocab(), tokenizer.get_vocab()
+    if odd := sorted(found.items() ^ expected.items()):
+        token = odd[0][0]
+        raise UserError(
+            f"teacher.path: got {own.path}, where token {token!r} has id {found.get(token)}, "
+            f"expected {expected.get(token)} as in model.path; choose a teacher with the "
+            "student's tokenizer"
+        )
+
+
+def transforms(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, student: nn.Module
+) -> tuple[LogitTransform, LogitTransform]:
+    """What student and teacher do to the output of their heads.
+
+    Models of one tokenizer may pad their heads to different sizes: then both are cut to the smaller
+    one, and what is left out are ids that no text has.
+
+    Args:
+        config: the recipe; a frozen teacher need not be loaded.
+        tokenizer: the student's.
+        student: the student; where it is shared out, all ranks call it.
+
+    Raises:
+        UserError: the student's head is not understood, or one of the heads lacks ids.
+    """
+    own = read_logit_transform(student)
+    put_back(student)
+    folder = settings(config).path
+    if folder == config.model.path:
+        return own, own
+    with _teachers_path(config):
+        other = AutoConfig.from_pretrained(model_folder(folder), local_files_only=True)
+    theirs = transform_of_config(other)
+    rows = student.get_output_embeddings().weight.shape[0]  # type: ignore
+    rows_of_other = other.get_text_config().vocab_size
+    sizes = [
+        min(rows, own.vocab_limit or rows),
+        min(rows_of_other, theirs.vocab_limit or rows_of_other),
+    ]
+    if (common := min(sizes)) < len(tokenizer):
+        raise UserError(
+            f"teacher.path: got heads of {sizes[0]} (model.path) and {sizes[1]} ids ({folder}), "
+            f"expected at least the tokenizer's {len(tokenizer)}; choose a teacher with the "
+            "student's vocabulary"
+        )
+    if sizes[0] == sizes[1]:
+        return own, theirs
+    return replace(own, vocab_limit=common), replace(theirs, vocab_limit=common)
+
+
+@contextmanager
+def _teachers_path(config: TrainConfig) -> Iterator[None]:
+    """Name the right key where the folder of a frozen teacher cannot be used."""
+    try:
+        yield
+    except UserError as error:
+        if config.teacher.path is None:
+            raise
+        raise UserError(str(error).replace("model.path", "teacher.path", 1)) from None
