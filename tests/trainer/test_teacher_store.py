@@ -44,9 +44,11 @@ KINDS = ["lora", "full, tied", "full, untied"]
 def examples(records, tokenizer) -> list[Example]:
     return build_examples(records, tokenizer, CONTEXTS)
 
+MADE_OF = {"made": "by a test"}
+
 
 def built(model, examples, folder) -> TeacherStore:
-    build_rows(model, examples, folder, {"made": "by a test"})
+    build_rows(model, examples, folder, MADE_OF)
     return TeacherStore(folder, verify=True)
 
 
@@ -387,7 +389,7 @@ def test_two_ranks_make_the_bytes_of_one(config, tokenizer, model_dir, tmp_path,
             timeout=timedelta(minutes=2),  # a rank that died must not hold the other up
         )
         try:
-            build_rows(model, examples, folder, {}, World(0, 2))
+            build_rows(model, examples, folder, MADE_OF, World(0, 2))
             both = [s.for_batch(Batch(tuple(examples))) for s in (single, TeacherStore(folder))]
         finally:
             torch.distributed.destroy_process_group()
