@@ -57,7 +57,8 @@ class LoraSettings:
     alpha: Positive = 32
     """Scale: an adapter adds ``alpha / rank`` times its product."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = LINEAR_LAYERS
-    """Names of the linear layers that get an adapter."""
+    """Names of the linear layers that get an adapter; that of the LM head, such as ``lm_head``, may
+    be among them, at the cost told in ``bidistill/head.py``."""
     layers: tuple[Count, Count] | None = None
     """First and last transformer layer that get adapters, both included; ``null`` is all."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
