@@ -80,6 +80,11 @@ class ModelConfig:
     """Type of the frozen weights; trained weights are float32 always."""
     adapter: LoraSettings | None = field(default_factory=LoraSettings)
     """``null`` trains all weights."""
+    attention: Literal["auto", "flash"] = "auto"
+    """``flash``: one call of PyTorch's FlashAttention for all sequences of a pack; takes CUDA and
+    bfloat16. ``auto``: a call of PyTorch's attention for each, on any device."""
+    liger: bool = False
+    """Norms, rotary angles and gated layers by the package liger-kernel; takes CUDA."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bidistill import checkpoint, contrastive, distributed
+from bidistill import checkpoint, contrastive, distributed, options
 from bidistill.config import TrainConfig, require_objectives
 from bidistill.data.build import build_store
 from bidistill.data.loader import RoleLoader
@@ -72,6 +72,7 @@ def prepare(config: TrainConfig, world: World) -> Ready:
         bucket=data.bucket,
     )
     model = load_model(config.model, config.seed)
+    options.apply(model, config.model)
     apart = () if config.combine == "sum" else sampled(config)
     objectives = Objectives(config.objectives, read_logit_transform(model), apart)
     attach_distill_step(model)
@@ -101,6 +102,7 @@ def sampled(config: TrainConfig) -> list[Role]:
 def _check(config: TrainConfig) -> None:
     """Refuse what each part of the recipe allows, but not together."""
     require_objectives(config)
+    options.check(config.model)
     if config.model.adapter is None and config.teacher.cache == "off":
         raise UserError(
             "teacher.cache: got off while all weights train, expected memory or disk; the base "
