@@ -37,7 +37,8 @@ from bidistill.data.loader import Batch
 from bidistill.data.records import Role
 from bidistill.data.views import Example, View
 from bidistill.errors import UserError
-from bidistill.models import TeacherRows, add_adapter, attach_distill_step, hidden_rows, load_base
+from bidistill.loading import load_base
+from bidistill.models import TeacherRows, add_adapter, attach_distill_step, hidden_rows
 from bidistill.objectives import Objectives
 from bidistill.update import make_optimizer, train_step
 

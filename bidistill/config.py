@@ -172,6 +172,8 @@ class ParallelConfig:
     accumulate: AtLeastOne = 1
     """Parts that each rank's share of a step is cut into, one after the other in memory. The ranks
     add up gradients after each part; with ``shard: 1``, where each holds them whole, after all."""
+    offload: bool = False
+    """Keep each rank's part of the weights, gradients and optimiser in the memory of the host."""
     recompute: bool = False
     """Keep the inputs of the blocks alone and run each block again in the backward."""
 

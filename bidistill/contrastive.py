@@ -21,6 +21,7 @@ Legend: F forget tokens, D width of a layer's input, R rank.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -31,8 +32,9 @@ from bidistill.config import LoraSettings
 from bidistill.data.packing import Packed, pack
 from bidistill.data.records import FORGETTING
 from bidistill.data.views import Example, View
+from bidistill.distributed import put, put_back
 from bidistill.errors import UserError
-from bidistill.models import adapters_off, hidden_rows
+from bidistill.models import base_rows
 from bidistill.progress import track
 
 EXAMPLES_PER_PACK = 32
@@ -43,7 +45,8 @@ def initialise(model: nn.Module, examples: Sequence[Example], settings: LoraSett
     """Choose and freeze the input directions of every adapter of ``model``.
 
     Args:
-        model: with fresh LoRA layers, whose B is zero.
+        model: with fresh LoRA layers, whose B is zero. Where it is shared out, all ranks call it,
+            and what the first one finds counts: each rounds by itself.
         examples: all training examples. Those of forget and adversarial records are the forget
             set, of which the questions and prefills count and the refusals do not; all others,
             with their answers, are what must stay.
@@ -66,9 +69,16 @@ def initialise(model: nn.Module, examples: Sequence[Example], settings: LoraSett
         a_RD = directions(x_FD, moments.pop(name), settings.rank, settings.contrast.ridge)
         rms = (x_FD @ a_RD.T.to(x_FD)).square().sum(1).mean().sqrt()
         for linear in layer.lora_A.values():
-            weight: Tensor = linear.weight  # type: ignore
-            weight.copy_(a_RD * (settings.contrast.input_rms / rms))
-            weight.requires_grad_(False)
+            put(linear.weight, a_RD * (settings.contrast.input_rms / rms))  # type: ignore
+    freeze(model)
+    put_back(model)
+
+
+def freeze(model: nn.Module) -> None:
+    """Let the input directions of every adapter of ``model`` stay as they are."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_A.requires_grad_(False)
 
 
 def _sides(examples: Sequence[Example]) -> tuple[list[Packed], list[Packed]]:
@@ -104,10 +114,11 @@ def _measure(
     def average(name: str, x_KD: Tensor) -> None:
         moments[name] = moments.get(name, 0) + x_KD.T @ x_KD / count
 
+    run = getattr(model, "teacher_rows", None) or partial(base_rows, model)
     work = [(packed, remember) for packed in forget] + [(packed, average) for packed in keep]
     for packed, see in track(work, len(work), "contrast"):
-        with _listening(layers, _own_tokens(packed), see), adapters_off(model):
-            hidden_rows(model, packed)
+        with _listening(layers, _own_tokens(packed), see):
+            run(packed)
     return inputs, moments
 
 

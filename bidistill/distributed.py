@@ -15,17 +15,19 @@ units are whole where they are read.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bidistill.config import ParallelConfig
 from bidistill.errors import UserError
@@ -37,7 +39,7 @@ def shard(model: nn.Module, config: ParallelConfig, world: World, dtype: torch.d
     """Share a model out among the ranks, in place; with one rank nothing changes.
 
     Args:
-        model: whole on every rank and alike on all, with its root methods attached.
+        model: alike on all ranks, whole or on the meta device, with its root methods attached.
         config: how many ranks share one copy.
         world: of this run.
         dtype: that weights are gathered and computed in; below fp32, gradients are still added up
@@ -65,7 +67,9 @@ def shard(model: nn.Module, config: ParallelConfig, world: World, dtype: torch.d
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if dtype != torch.float32:
         policy = replace(policy, param_dtype=dtype, reduce_dtype=torch.float32)
-    settings = {"mesh": mesh, "mp_policy": policy}
+    settings: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
+    if config.offload:
+        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=kind == "cuda")
     for block in blocks(model):
         fully_shard(block, **settings)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore
@@ -119,6 +123,22 @@ def put_back(model: nn.Module) -> None:
     """
     if isinstance(model, FSDPModule):
         model.reshard()
+
+
+@torch.no_grad()
+def put(parameter: nn.Parameter, values: Tensor) -> None:
+    """Give a parameter values, those that the first rank has; all ranks must do it together.
+
+    Args:
+        parameter: whole, or shared out.
+        values: whole, of the same shape.
+    """
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        shared = distribute_tensor(values.to(mesh.device_type), mesh, parameter.placements)
+        parameter.to_local().copy_(shared.to_local())
+    else:
+        parameter.copy_(values)
 
 
 def whole(tensor: Tensor) -> Tensor:

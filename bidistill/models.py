@@ -1,4 +1,4 @@
-"""Models: loading, adapters, and the root method in which a whole distillation step happens.
+"""Models: adapters, logits, and the root method in which a whole distillation step happens.
 
 A step runs inside one method of the *root* module, and the loss runs inside the forward of the LM
 head: hooks of FSDP2 then fire exactly as in an ordinary forward, and the head weight is plain
@@ -12,7 +12,6 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -20,22 +19,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 from bidistill.attention import use_packed_attention
 from bidistill.config import LoraSettings, ModelConfig
 from bidistill.data.packing import Packed
 from bidistill.errors import UserError
 from bidistill.head import augmented
+from bidistill.world import device
 from bidistill_kernels import LogitTransform
 
 SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -72,101 +66,16 @@ class TeacherRows:
         self.bias = bias
 
 
-def load_model(config: ModelConfig, seed: int = 0) -> PreTrainedModel | PeftModel:
-    """Load the model of a recipe, with a fresh adapter if the recipe asks for one.
-
-    Weights that train are fp32 whatever the file holds: they are the masters that the optimiser
-    updates. Frozen ones have the recipe's dtype.
-
-    Args:
-        config: the model and its adapter.
-        seed: of torch's global generators, set once the files are loaded: loading may draw
-            numbers or not, and the adapter's first values and all that follows must not depend
-            on it.
-
-    Raises:
-        UserError: the folder is missing, holds no safetensors file or lacks weights, or the
-            adapter does not fit the model.
-    """
-    frozen = config.adapter is not None
-    model = load_base(config.path, getattr(torch, config.dtype) if frozen else torch.float32)
-    torch.manual_seed(seed)
-    return add_adapter(model, config.adapter) if config.adapter else model
-
-
-def load_base(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load a causal language model from a local folder, onto the accelerator if there is one.
-
-    Only safetensors files are read.
-
-    Raises:
-        UserError: the folder is missing, holds no model or no safetensors file, or lacks weights.
-    """
-    folder = model_folder(path)
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"model.path: got {path}, which holds no *.safetensors file; "
-            "convert the weights to safetensors (pickled weights are never loaded)"
-        )
-    logging.disable_progress_bar()  # it would mix with our own
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"model.path: {path} cannot be loaded ({reason}); expected a model that this version "
-            "of transformers knows, copy or convert it again"
-        ) from None
-    # transformers fills weights that the files lack with random numbers and goes on
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"model.path: {path} lacks {len(missing)} weights, the first is {missing[0]}; "
-            "expected a complete model, copy or convert it again"
-        )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that lies beside a model.
-
-    Raises:
-        UserError: the folder is missing or holds no tokenizer.
-    """
-    folder = model_folder(path)
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"model.path: no tokenizer can be loaded from {path} ({reason})") from None
-
-
-def model_folder(path: str | Path) -> Path:
-    """``path`` as a folder that holds a config.json.
-
-    Raises:
-        UserError: it does not.
-    """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"model.path: got {path}, expected a folder with a model; none is there")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model.path: {path} holds no config.json; expected a transformers model")
-    return folder
-
-
 def autocast(config: ModelConfig, model: nn.Module) -> AbstractContextManager[object]:
     """bf16 compute over fp32 masters where the recipe asks for bf16; nothing else where not."""
     if config.dtype == "float32":
         return nullcontext()
-    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16)
+    return torch.autocast(compute_device(model).type, torch.bfloat16)
+
+
+def compute_device(model: nn.Module) -> torch.device:
+    """Where the model runs, which for one that is shared out need not be where it is kept."""
+    return device() if isinstance(model, FSDPModule) else next(model.parameters()).device
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:
@@ -267,7 +176,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 def hidden_rows(model: nn.Module, packed: Packed) -> Float[Tensor, "N H"]:
     """Last hidden states that predict the answer tokens of ``packed``, in the order of its rows."""
-    device = next(model.parameters()).device
+    device = compute_device(model)
     with use_packed_attention(unwrapped(model)):
         # without use_cache=False a cache is built even in training
         output = backbone(model)(
@@ -371,12 +280,30 @@ def _verify_transform(model: nn.Module, transform: LogitTransform) -> None:
     base = unwrapped(model)
     tokens = torch.randint(
         base.config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0)
-    ).to(base.device)
-    own = base(input_ids=tokens, use_cache=False).logits
-    hidden = backbone(model)(input_ids=tokens, use_cache=False).last_hidden_state
-    ours = transform(base.get_output_embeddings()(hidden))  # type: ignore
+    ).to(compute_device(model))
+    seen: dict[str, Tensor] = {}
+
+    def backbone_hook(_: nn.Module, __: object, output: ModelOutput) -> None:
+        seen["hidden"] = output["last_hidden_state"]
+
+    def head_hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen["input"], seen["output"] = inputs[0], output
+
+    # looked at from inside one ordinary forward, the only one that a shared model has
+    handles = [
+        backbone(model).register_forward_hook(backbone_hook),
+        base.get_output_embeddings().register_forward_hook(head_hook),  # type: ignore
+    ]
+    try:
+        own = model(input_ids=tokens, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    ours = transform(seen["output"])
     scale = own.abs().max().item()
     error = (ours - own).abs().max().item() if ours.shape == own.shape else math.inf
+    if not torch.equal(seen["hidden"], seen["input"]):
+        error = math.inf  # the head is given something else than the last hidden states
     if not error <= TRANSFORM_TOLERANCE * scale:
         raise UserError(
             f"model.path: the logits of this {base.config.model_type} model differ by {error:.3g} "

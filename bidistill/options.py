@@ -6,37 +6,42 @@ refused before anything is loaded; nothing falls back in silence.
 
 import importlib.util
 import json
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from bidistill import attention
+from bidistill import flash
 from bidistill.config import ModelConfig
 from bidistill.errors import UserError
-from bidistill.models import model_folder, unwrapped
+from bidistill.models import unwrapped
 
 
-def check(config: ModelConfig) -> None:
+def check(config: ModelConfig, folder: Path) -> None:
     """Refuse options that this machine or this model cannot have; reads only the config.json.
+
+    Args:
+        config: of the recipe.
+        folder: with the model.
 
     Raises:
         UserError: what is missing, what to install, and what else to do.
     """
     if config.attention == "flash":
-        attention.check_flash(config.dtype)
+        flash.check_flash(config.dtype)
     if config.liger:
-        _check_liger(config)
+        _check_liger(folder)
 
 
 def apply(model: nn.Module, config: ModelConfig) -> None:
     """Put the options of a recipe into effect; weights and their names stay as they are.
 
     Args:
-        model: with an adapter or without, on any device, not yet shared out among ranks.
+        model: with an adapter or without, on any device or none, not yet shared out among ranks.
         config: what :func:`check` let pass.
     """
     if config.attention == "flash":
-        attention.choose_flash(model)
+        flash.choose_flash(model)
     if config.liger:
         apply_liger(model)
 
@@ -44,9 +49,9 @@ def apply(model: nn.Module, config: ModelConfig) -> None:
 def apply_liger(model: nn.Module) -> None:
     """Let norms, rotary angles and gated layers of ``model`` run by Liger's Triton kernels.
 
-    Rotary angles are a function of transformers' module: other models of this kind in the same
-    process take Liger's, too. Liger's losses and its forward of the whole model are left out, for
-    our losses read the head as it is.
+    Liger also replaces functions and classes in transformers' module: other models of this kind in
+    the same process turn by its rotary angles, and those made later are its own. Its losses and
+    its forward of the whole model are left out, for our losses read the head as it is.
     """
     from liger_kernel.transformers.monkey_patch import (  # pyright: ignore[reportMissingImports]
         _apply_liger_kernel_to_instance,
@@ -58,7 +63,7 @@ def apply_liger(model: nn.Module) -> None:
     )
 
 
-def _check_liger(config: ModelConfig) -> None:
+def _check_liger(folder: Path) -> None:
     """Refuse Liger's kernels without the package, a CUDA device, or kernels for this model."""
     instead = "or leave model.liger out: results are the same, up to rounding"
     if importlib.util.find_spec("liger_kernel") is None:
@@ -75,8 +80,7 @@ def _check_liger(config: ModelConfig) -> None:
         MODEL_TYPE_TO_APPLY_LIGER_FN,
     )
 
-    file = model_folder(config.path) / "config.json"
-    kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if kind not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise UserError(
             f"model.liger: got true for a {kind} model, which this liger-kernel has no kernels "

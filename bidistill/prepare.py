@@ -7,20 +7,15 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bidistill import checkpoint, contrastive, distributed, options
+from bidistill import contrastive, distributed, options
 from bidistill.config import TrainConfig, require_objectives
 from bidistill.data.build import build_store
 from bidistill.data.loader import RoleLoader
 from bidistill.data.records import ROLES, Role
 from bidistill.data.views import Example
 from bidistill.errors import UserError
-from bidistill.models import (
-    attach_distill_step,
-    autocast,
-    load_model,
-    load_tokenizer,
-    read_logit_transform,
-)
+from bidistill.loading import load_shared, load_tokenizer, model_folder
+from bidistill.models import autocast, read_logit_transform
 from bidistill.objectives import Objectives
 from bidistill.teacher import HiddenCache, TeacherCache, contexts_of
 from bidistill.teacher_cache import rows_on_disk
@@ -71,26 +66,21 @@ def prepare(config: TrainConfig, world: World) -> Ready:
         parts=parallel.accumulate,
         bucket=data.bucket,
     )
-    model = load_model(config.model, config.seed)
-    options.apply(model, config.model)
+    model = load_shared(config.model, parallel, world, config.seed)
     apart = () if config.combine == "sum" else sampled(config)
     objectives = Objectives(config.objectives, read_logit_transform(model), apart)
-    attach_distill_step(model)
+    distributed.put_back(model)
     adapter = config.model.adapter
     cache: TeacherCache | None = None
     with autocast(config.model, model):
         if adapter and adapter.contrast:
             contrastive.initialise(model, _used(examples, config), adapter)
-            # each rank has rounded by itself
-            world.broadcast(p.data for p in checkpoint.made(model).values())
         if objectives.need_teacher and config.teacher.cache == "disk":
-            # by the whole model: ranks fill files of their own
-            cache = rows_on_disk(config, model, examples)
-        distributed.shard(model, parallel, world, getattr(torch, config.model.dtype))
-        if world.rank:
-            torch.manual_seed(config.seed + world.rank)  # dropout of its own
+            cache = rows_on_disk(config, model, examples, world)
         if objectives.need_teacher and config.teacher.cache == "memory":
             cache = HiddenCache(model, _used(examples, config))
+    if world.rank:
+        torch.manual_seed(config.seed + world.rank)  # dropout of its own
     return Ready(model, tokenizer, loader, objectives, cache)
 
 
@@ -102,7 +92,7 @@ def sampled(config: TrainConfig) -> list[Role]:
 def _check(config: TrainConfig) -> None:
     """Refuse what each part of the recipe allows, but not together."""
     require_objectives(config)
-    options.check(config.model)
+    options.check(config.model, model_folder(config.model.path))
     if config.model.adapter is None and config.teacher.cache == "off":
         raise UserError(
             "teacher.cache: got off while all weights train, expected memory or disk; the base "

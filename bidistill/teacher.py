@@ -27,7 +27,8 @@ from bidistill.distributed import put_back, whole
 from bidistill.evaluation.detectors import refuses, says_fact
 from bidistill.evaluation.generation import generate
 from bidistill.evaluation.probes import Probe, read_probes
-from bidistill.models import TeacherRows, adapters_off, base_rows, load_base, load_tokenizer
+from bidistill.loading import load_base, load_tokenizer
+from bidistill.models import TeacherRows, adapters_off, base_rows
 from bidistill.progress import say, track
 
 CHUNK_TOKENS = 8192

@@ -21,19 +21,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from bidistill.data.views import Example
+from bidistill.distributed import put_back
 from bidistill.errors import UserError
 from bidistill.files import atomic_path, write_json
 from bidistill.progress import track
 from bidistill.teacher import chunks, frozen_head, teacher_rows
 from bidistill.teacher_store import FORMAT, HEAD, HEADER, INDEX, ROWS, describe, key_of, problem_of
+from bidistill.world import World
 
 FILE_BYTES = 64 << 20
 """Of the rows of a file, at most; more only where one example alone has more. As much is held in
@@ -45,9 +45,7 @@ def build_rows(
     examples: Sequence[Example],
     folder: Path,
     made_of: Mapping[str, Any],
-    *,
-    rank: int | None = None,
-    world_size: int | None = None,
+    world: World | None = None,
 ) -> None:
     """Run the teacher over all examples and write its rows; the folder appears when it is whole.
 
@@ -56,32 +54,29 @@ def build_rows(
     does.
 
     Args:
-        model: the student, untrained and whole on each rank; its adapters are off inside.
+        model: the student, untrained; its adapters are off inside. Where it is shared out, the
+            ranks run a pack each at a time, together.
         examples: at least one; the same ones, in the same order, on each rank.
         folder: to be made, on a disk that all ranks see.
         made_of: what the rows follow from, as JSON; written to the header.
-        rank: of this process; None: as ``torch.distributed`` says, or 0 where it is not set up.
-        world_size: number of ranks; None likewise, or 1.
+        world: the ranks; None: this process alone.
 
     Raises:
         UserError: the folder cannot be written.
-        ValueError: there are no examples, the model is sharded, or there are several ranks without
-            ``torch.distributed`` to meet by.
+        ValueError: there are no examples.
     """
-    rank, world_size = _place(rank, world_size)
+    world = world or World()
     if not examples:
         raise ValueError("examples: got none, expected at least one; give those that are trained")
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        # its forward needs all ranks at once, and they have different numbers of packs
-        raise ValueError("model: got sharded weights, expected whole ones; build before sharding")
     index = _index(examples)
     try:
-        with _staging(folder, rank, world_size) as temporary:
-            dtype, notes = _fill(model, examples, index, temporary, rank, world_size)
-            notes = _gather(notes, world_size)
-            if rank == 0:
+        with _staging(folder, world) as temporary:
+            dtype, own = _fill(model, examples, index, temporary, world)
+            put_back(model)
+            notes = {name: note for part in world.gather(own) for name, note in part.items()}
+            head = dict(zip(("weight", "bias"), frozen_head(model), strict=True))
+            if world.first:
                 notes |= _write(temporary / INDEX, index.tensors())
-                head = dict(zip(("weight", "bias"), frozen_head(model), strict=True))
                 if kept := {name: tensor for name, tensor in head.items() if tensor is not None}:
                     notes |= _write(temporary / HEAD, kept)
                 files = dict(sorted(notes.items()))
@@ -93,8 +88,7 @@ def build_rows(
                 f"{folder}: cannot be written ({' '.join(str(error).split())}); make room there, "
                 "or choose another folder with teacher.cache_folder"
             ) from None
-    if world_size > 1:
-        dist.barrier()
+    world.barrier()
 
 
 class Index(NamedTuple):
@@ -138,15 +132,14 @@ def _fill(
     examples: Sequence[Example],
     index: Index,
     folder: Path,
-    rank: int,
-    world_size: int,
+    world: World,
 ) -> tuple[str, dict[str, Any]]:
     """Compute and write the files of a rank; the dtype of the rows and a note of each file."""
     width = model.get_output_embeddings().weight.shape[1]  # type: ignore
     cuts = index.cuts(FILE_BYTES // (2 * width))
-    mine = range(rank, len(cuts) - 1, world_size)
-    rows: Iterable[tuple[int, int, Tensor]] = _rows(model, examples, index, cuts, mine)
-    if rank == 0:
+    mine = range(world.rank, len(cuts) - 1, world.size)
+    rows: Iterable[tuple[int, int, Tensor]] = _rows(model, examples, index, cuts, mine, world)
+    if world.first:
         rows = track(rows, sum(cuts[number + 1] - cuts[number] for number in mine), "teacher")
     dtype, notes = "", {}
     for number, parts in groupby(rows, key=lambda part: part[0]):
@@ -160,15 +153,29 @@ def _fill(
 
 
 def _rows(
-    model: nn.Module, examples: Sequence[Example], index: Index, cuts: list[int], files: range
+    model: nn.Module,
+    examples: Sequence[Example],
+    index: Index,
+    cuts: list[int],
+    files: range,
+    world: World,
 ) -> Iterator[tuple[int, int, Tensor]]:
     """The rows of each example of some files, with the file's number and where they begin."""
-    for number in files:
-        here = examples[cuts[number] : cuts[number + 1]]
-        starts = index.starts[cuts[number] : cuts[number + 1]].tolist()
-        start_of = {id(example): start for example, start in zip(here, starts, strict=True)}
-        for pack in chunks(here):
-            for example, rows in zip(pack, teacher_rows(model, pack), strict=True):
+
+    def work() -> Iterator[tuple[int, dict[int, int], list[Example]]]:
+        for number in files:
+            here = examples[cuts[number] : cuts[number + 1]]
+            starts = index.starts[cuts[number] : cuts[number + 1]].tolist()
+            start_of = {id(example): start for example, start in zip(here, starts, strict=True)}
+            for pack in chunks(here):
+                yield number, start_of, pack
+
+    left = work()
+    # all run the model equally often, as it may be shared out: who has nothing left helps
+    while world.any((mine := next(left, None)) is not None):
+        number, start_of, pack = mine or (None, {}, [examples[0]])
+        for example, rows in zip(pack, teacher_rows(model, pack), strict=True):
+            if number is not None:
                 yield number, start_of[id(example)], rows
 
 
@@ -178,39 +185,13 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {path.name: describe(path, thorough=True)}
 
 
-def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Rank and number of ranks, of ``torch.distributed`` where they are not given."""
-    known = dist.is_available() and dist.is_initialized()
-    if rank is None or world_size is None:
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if known else (0, 1)
-    if world_size > 1 and not (known and dist.get_world_size() == world_size):
-        raise ValueError(
-            f"world_size: got {world_size} without a process group of as many ranks, expected one; "
-            "call torch.distributed.init_process_group first"
-        )
-    return rank, world_size
-
-
 @contextmanager
-def _staging(folder: Path, rank: int, world_size: int) -> Iterator[Path]:
-    """A temporary folder for all ranks, which gets its name when rank 0 leaves the block."""
-    name: list[Any] = [None]
-    if rank > 0:
-        dist.broadcast_object_list(name, src=0)
-        yield folder.with_name(name[0])
+def _staging(folder: Path, world: World) -> Iterator[Path]:
+    """A temporary folder for all ranks, which gets its name when the first leaves the block."""
+    if not world.first:
+        yield folder.with_name(world.share(""))
         return
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        name[0] = temporary.name
-        if world_size > 1:
-            dist.broadcast_object_list(name, src=0)
+        world.share(temporary.name)
         yield temporary
-
-
-def _gather(notes: dict[str, Any], world_size: int) -> dict[str, Any]:
-    """The notes of all ranks, once all have written their files."""
-    everybody: list[Any] = [notes]
-    if world_size > 1:
-        everybody = [None] * world_size
-        dist.all_gather_object(everybody, notes)
-    return {name: note for part in everybody for name, note in part.items()}

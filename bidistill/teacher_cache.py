@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 from torch import nn
 
@@ -23,15 +22,19 @@ from bidistill.data.build import build_store
 from bidistill.data.store import Selection, TokenStore
 from bidistill.errors import UserError
 from bidistill.files import file_sha256, user_cache
-from bidistill.models import autocast, load_model, load_tokenizer, model_folder
+from bidistill.loading import load_shared, load_tokenizer, model_folder
+from bidistill.models import autocast, compute_device
 from bidistill.progress import say
 from bidistill.teacher import contexts_of
 from bidistill.teacher_build import build_rows
 from bidistill.teacher_store import FORMAT, TeacherStore, problem_of
+from bidistill.world import World, join
 
 
 def main(config: TrainConfig, *, check: bool = False) -> Path:
     """Make the store of a recipe unless it is there; say where it lies and what it takes.
+
+    Under ``torchrun`` all ranks make it together, and none holds the whole model.
 
     A store that is there is compared with its checksums, and made again where it is damaged.
 
@@ -46,30 +49,26 @@ def main(config: TrainConfig, *, check: bool = False) -> Path:
         UserError: something in the recipe or the files it names cannot be used; with ``check``,
             also that the store is missing or damaged.
     """
-    if (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise UserError(
-            f"teacher-cache: got {ranks} ranks, expected one; run it without torchrun, or let "
-            "bidistill train make the store on all of them"
-        )
+    world = join()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    tokens = build_store(
-        config.data.train,
-        load_tokenizer(config.model.path),
-        contexts_of(config.teacher),
-        max_answer_tokens=config.data.max_answer_tokens,
-        folder=config.data.cache,
-        workers=config.data.workers,
-    )
+    with world.first_before_others():
+        tokens = build_store(
+            config.data.train,
+            load_tokenizer(config.model.path),
+            contexts_of(config.teacher),
+            max_answer_tokens=config.data.max_answer_tokens,
+            folder=config.data.cache,
+            workers=config.data.workers,
+        )
     examples = selected(config, tokens)
-    folder, made_of = place(config, examples)
-    problem = problem_of(folder, made_of, thorough=True)
+    folder, made_of, problem = _look(config, examples, world, thorough=True)
     if problem and check:
         raise UserError(f"{problem}; run bidistill teacher-cache without --check to make it again")
     if problem:
-        model = load_model(config.model, config.seed)
+        model = load_shared(config.model, config.parallel, world, config.seed)
         with autocast(config.model, model):
-            _build(model, examples, folder, made_of)
+            _build(model, examples, folder, made_of, world)
     else:
         say(f"{folder}: whole, all checksums are right")
     store = TeacherStore(folder, verify=False)
@@ -79,32 +78,31 @@ def main(config: TrainConfig, *, check: bool = False) -> Path:
     return folder
 
 
-def rows_on_disk(config: TrainConfig, model: nn.Module, tokens: TokenStore) -> TeacherStore:
+def rows_on_disk(
+    config: TrainConfig, model: nn.Module, tokens: TokenStore, world: World | None = None
+) -> TeacherStore:
     """Open the store of a recipe; make it if it is not there or damaged.
 
     What is found is checked by sizes and headers; set the environment variable
-    ``BIDISTILL_VERIFY=1`` to compare checksums. Where ``torch.distributed`` is set up, all its
-    ranks come here together, make the store together, and rank 0 does the checking.
+    ``BIDISTILL_VERIFY=1`` to compare checksums. All ranks come here together and make the store
+    together; the first one does the checking.
 
     Args:
         config: the recipe.
-        model: its model, untrained and whole, under the recipe's autocast.
+        model: its model, untrained, under the recipe's autocast.
         tokens: all examples of the recipe.
+        world: the ranks; None: this process alone.
 
     Raises:
         UserError: the folder cannot be written.
     """
     examples = selected(config, tokens)
-    folder, made_of = place(config, examples)
-    whole: list[Any] = [None]
-    if _is_first():
-        thorough = os.environ.get("BIDISTILL_VERIFY") == "1"
-        whole[0] = problem_of(folder, made_of, thorough=thorough) is None
-    if dist.is_available() and dist.is_initialized():
-        dist.broadcast_object_list(whole, src=0)  # all must do the same
-    if not whole[0]:
-        _build(model, examples, folder, made_of)
-    return TeacherStore(folder, device=next(model.parameters()).device, verify=False)
+    world = world or World()
+    thorough = os.environ.get("BIDISTILL_VERIFY") == "1"
+    folder, made_of, problem = _look(config, examples, world, thorough=thorough)
+    if problem:
+        _build(model, examples, folder, made_of, world)
+    return TeacherStore(folder, device=compute_device(model), verify=False)
 
 
 def selected(config: TrainConfig, tokens: TokenStore) -> Selection:
@@ -142,18 +140,29 @@ def place(config: TrainConfig, examples: Selection) -> tuple[Path, dict[str, Any
     return (config.teacher.cache_folder or user_cache() / "teacher") / key, made_of
 
 
-def _build(model: nn.Module, examples: Selection, folder: Path, made_of: dict[str, Any]) -> None:
-    """Make a store, in place of a damaged one, and say so on rank 0."""
-    if _is_first():
-        say(f"running the teacher once, into {folder}")
-        if folder.exists():
-            shutil.rmtree(folder)
+def _look(
+    config: TrainConfig, examples: Selection, world: World, *, thorough: bool
+) -> tuple[Path, dict[str, Any], str | None]:
+    """What :func:`place` says, and what is wrong with the store there; as the first rank sees it.
+
+    It reads the model's files and the store's to the end, and all ranks must do the same then.
+    """
+    found = None
+    if world.first:
+        folder, made_of = place(config, examples)
+        found = folder, made_of, problem_of(folder, made_of, thorough=thorough)
+    found = world.share(found)
+    assert found is not None
+    return found
+
+
+def _build(
+    model: nn.Module, examples: Selection, folder: Path, made_of: dict[str, Any], world: World
+) -> None:
+    """Make a store, in place of a damaged one."""
+    say(f"running the teacher once, into {folder}")
+    if world.first and folder.exists():
+        shutil.rmtree(folder)
     start = time.perf_counter()
-    build_rows(model, examples, folder, made_of)
-    if _is_first():
-        say(f"wrote {folder} in {time.perf_counter() - start:.1f} s")
-
-
-def _is_first() -> bool:
-    """Whether this process is rank 0, or the only one."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    build_rows(model, examples, folder, made_of, world)
+    say(f"wrote {folder} in {time.perf_counter() - start:.1f} s")

@@ -28,7 +28,8 @@ from torch import nn
 from bidistill import checkpoint, distributed, export, run_folder
 from bidistill.config import TrainConfig
 from bidistill.data.loader import RoleLoader
-from bidistill.models import load_model
+from bidistill.loading import empty_model
+from bidistill.models import unwrapped
 from bidistill.objectives import Objectives
 from bidistill.prepare import Ready, prepare
 from bidistill.progress import say, track
@@ -73,7 +74,7 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
 
 
 def _export(config: TrainConfig, ready: Ready, result: Path, world: World) -> None:
-    """Write what was trained; where the model is shared out, by way of one that is loaded anew."""
+    """Write what was trained; of a model that is shared out, the first rank gathers that alone."""
     model = ready.model
     if world.size > 1:
         made: dict[str, torch.Tensor] = {}
@@ -81,9 +82,12 @@ def _export(config: TrainConfig, ready: Ready, result: Path, world: World) -> No
             tensor = distributed.whole(parameter.detach())
             if world.first:
                 made[name] = tensor.cpu()
-        if world.first:
-            model = load_model(config.model, config.seed)
-            model.load_state_dict(made, strict=False)
+        if world.first:  # what is not made is not written either, so it needs no memory
+            model = empty_model(config.model)
+            stored = ready.model.state_dict()
+            made |= {name: b for name, b in ready.model.named_buffers() if name in stored}
+            model.load_state_dict(made, strict=False, assign=True)
+            unwrapped(model).tie_weights()
     if world.first and isinstance(model, PeftModel):
         export.weaken(model, config.model.adapter.strength)  # type: ignore
         export.save_adapter(model, result)

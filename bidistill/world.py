@@ -6,10 +6,11 @@ it a run is one process.
 
 import atexit
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import distributed as dist
 
 from bidistill.errors import UserError
 
+Item = TypeVar("Item")
 PATIENCE = timedelta(hours=6)
 """How long ranks wait for one that tokenises, or writes the result."""
 
@@ -67,10 +69,19 @@ class World:
             if self.first:
                 self.barrier()
 
-    def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Give all ranks what the first one has, in place."""
-        for tensor in tensors if self.size > 1 else ():
-            dist.broadcast(tensor, 0)
+    def share(self, item: Item) -> Item:
+        """What the first rank has, on all; anything that pickle takes."""
+        items = [item]
+        if self.size > 1:
+            dist.broadcast_object_list(items, src=0)
+        return items[0]
+
+    def gather(self, item: Item) -> list[Item]:
+        """What every rank has, by rank, on all; anything that pickle takes."""
+        items = [item] * self.size
+        if self.size > 1:
+            dist.all_gather_object(items, item)
+        return items
 
     def barrier(self) -> None:
         """Wait for all."""
@@ -103,7 +114,7 @@ def join() -> World:
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
     if backend == "gloo":  # NCCL's end waits for ranks that may have failed
         atexit.register(_leave)

@@ -27,7 +27,7 @@ from bidistill.evaluation.generation import generate
 from bidistill.evaluation.probes import Probe, write_probes
 from bidistill.evaluation.report import render
 from bidistill.files import write_json, write_text
-from bidistill.models import load_base, load_tokenizer
+from bidistill.loading import load_base, load_tokenizer
 from bidistill.pretrained import smollm2
 from bidistill.progress import say
 

@@ -60,7 +60,7 @@ def run(
     else:
         _require_packages()
         from bidistill.diagnose.measure import gaps, hidden_states
-        from bidistill.models import load_tokenizer
+        from bidistill.loading import load_tokenizer
 
         tokenizer = load_tokenizer(model_dir)
         # plain text: no start token, which every text would count alike

@@ -12,7 +12,7 @@ from bidistill.diagnose.corpus import Corpus, RoleTexts
 from bidistill.diagnose.gap import Comparison, compare, median_distance2
 from bidistill.diagnose.report import FORMS, pair_name
 from bidistill.diagnose.states import chat_ids, raw_ids, read_out
-from bidistill.models import load_base
+from bidistill.loading import load_base
 
 LEAST = 10
 """Items of a role below which no gap is measured."""

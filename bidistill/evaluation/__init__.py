@@ -47,7 +47,7 @@ def run(
     model = _load(model_dir, adapter)
 
     from bidistill.evaluation.axes import evaluate
-    from bidistill.models import load_tokenizer
+    from bidistill.loading import load_tokenizer
 
     summary, items = evaluate(model, load_tokenizer(model_dir), probes, label="answers")
     out_dir = Path(out_dir)
@@ -77,7 +77,7 @@ def _load(model_dir: Path | str, adapter: Path | str | None) -> "PreTrainedModel
     """The model, on the GPU if there is one, with its adapter."""
     import torch
 
-    from bidistill.models import load_base
+    from bidistill.loading import load_base
 
     model = load_base(model_dir)
     model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore

@@ -35,6 +35,7 @@ from bidistill_kernels.topk_kl import (
     topk_log_probs,
 )
 from bidistill_kernels.transform import LogitTransform
+from bidistill_kernels.vocab_parallel import VocabParallel
 
 __all__ = [
     "LinearBiLD",
@@ -46,6 +47,7 @@ __all__ = [
     "LogitTransform",
     "Stats",
     "TopK",
+    "VocabParallel",
     "bidirectional_kl",
     "bidirectional_kl_reference",
     "bild",

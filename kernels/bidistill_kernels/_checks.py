@@ -104,11 +104,16 @@ def check_num_items(num_items: float | Tensor | None, reduction: str) -> None:
 
 
 def check_tensors(
-    student: Side, teacher: Side | None, target: Tensor | None, token_weight: Tensor | None
+    student: Side,
+    teacher: Side | None,
+    target: Tensor | None,
+    token_weight: Tensor | None,
+    *,
+    part: bool = False,
 ) -> None:
     """Refuse tensors of the wrong kind, shape, dtype or device, and a trainable teacher."""
     for side in [student] if teacher is None else [student, teacher]:
-        check_side(side, student.hidden)
+        check_side(side, student.hidden, part=part)
     if teacher is not None:
         _check_pair(student, teacher)
     if target is not None:
@@ -169,7 +174,8 @@ def _check_kind(name: str, tensor: Tensor, beside: Tensor) -> None:
     if hasattr(tensor, "to_local"):
         raise TypeError(
             f"{name}: got a DTensor, expected a plain tensor; call the loss inside the root "
-            "module's forward, where FSDP has gathered the head, or pass full_tensor()"
+            "module's forward, where FSDP has gathered the head, or pass full_tensor(); of a "
+            "tensor-parallel head pass to_local() and vocab_parallel=VocabParallel.of(weight)"
         )
     if tensor.dtype not in _FLOATS:
         raise TypeError(
@@ -182,8 +188,11 @@ def _check_kind(name: str, tensor: Tensor, beside: Tensor) -> None:
         )
 
 
-def check_side(side: Side, beside: Tensor) -> None:
-    """Refuse one model's tensors: their kinds, shapes, and other devices than that of `beside`."""
+def check_side(side: Side, beside: Tensor, *, part: bool = False) -> None:
+    """Refuse one model's tensors: their kinds, shapes, and other devices than that of `beside`.
+
+    A rank's part of a head may be empty.
+    """
     if not isinstance(side.transform, LogitTransform):
         got = type(side.transform).__name__
         raise TypeError(f"{side.name}_transform: got {got}, expected a LogitTransform")
@@ -205,7 +214,7 @@ def check_side(side: Side, beside: Tensor) -> None:
             f"{side.name}_weight: got shape {tuple(weight.shape)}, expected (vocabulary, "
             f"{hidden.shape[1]}), the width of {side.rows_name}; pass the head's weight as it is"
         )
-    if side.vocab == 0:
+    if side.vocab == 0 and not part:
         raise ValueError(
             f"{side.name}_weight: got an empty vocabulary, expected at least one row; "
             "gather a sharded head first"

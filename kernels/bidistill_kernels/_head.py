@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bidistill_kernels import _backends, _products
 from bidistill_kernels._rows import ROW_LOSSES, TopK
+from bidistill_kernels._vocabulary import WHOLE, Part, Vocabulary
 from bidistill_kernels.transform import LogitTransform
 
 Rows: TypeAlias = "slice | Tensor"  # a range of rows, or the listed ones
@@ -75,6 +76,8 @@ class Plan(NamedTuple):
     weigh: bool
     """The sums dW and dbias are wanted, over the rows' weights; else per-row gradients, of which
     those of the logits are kept."""
+    vocabulary: Vocabulary = WHOLE
+    """A part of it, for the torch back-end: then rows meet other ranks', a chunk at a time."""
 
 
 class LossRows(NamedTuple):
@@ -98,11 +101,24 @@ def padded(V: int) -> int:
     return -(-V // 16) * 16
 
 
-def gradient_dtype(student: Head, backend: str, dtype: torch.dtype) -> torch.dtype:
+def gradient_dtype(
+    student: Head, backend: str, dtype: torch.dtype, vocabulary: Vocabulary = WHOLE
+) -> torch.dtype:
     """Return the dtype of the logits' gradient: the head's, for products of 16-bit operands."""
     weight = student.weight_VD
-    halves = weight is not None and weight.dtype in _products.HALVES
-    return weight.dtype if halves and weight is not None and backend == "triton" else dtype
+    if weight is None or weight.dtype not in _products.HALVES:
+        return dtype
+    # a part of a vocabulary has no other back-end than torch to be fast with
+    fast = vocabulary is not WHOLE and _products.keeps_halves(student.hidden_ND, weight)
+    return weight.dtype if fast or backend == "triton" else dtype
+
+
+def chunk_width(heads: int, vocab: int, vocabulary: Vocabulary) -> int:
+    """Return how many logits of all heads a row has, for the size of a chunk.
+
+    Ranks that share a vocabulary must cut rows alike: of theirs the largest part counts.
+    """
+    return heads * padded(vocabulary.most if isinstance(vocabulary, Part) else vocab)
 
 
 def keeps_slab(

@@ -18,8 +18,11 @@ from bidistill_kernels._checks import (
     check_top_k,
     check_weight,
 )
+from bidistill_kernels._parallel import parallel_loss, parallel_rows
 from bidistill_kernels._rows import ROW_LOSSES, TopK
+from bidistill_kernels._vocabulary import Part
 from bidistill_kernels.transform import LogitTransform
+from bidistill_kernels.vocab_parallel import VocabParallel, take_part
 
 _IDENTITY = LogitTransform()
 
@@ -88,6 +91,11 @@ class LinearRowOptions(RowOptions, total=False):
 
     student_bias: Float[Tensor, "V"] | None
     """Bias of the student's head."""
+    vocab_parallel: VocabParallel | None
+    """Heads and biases are this rank's rows of vocabulary-parallel ones. Everything else is the
+    same on every rank of the group: hidden states, whose gradient is complete on each, targets,
+    which are global ids, vocabulary limits, which count all ids, and the upstream gradient.
+    Bidirectional KL, JSD and cross-entropy can."""
 
 
 class LinearPairOptions(PairOptions, total=False):
@@ -97,6 +105,8 @@ class LinearPairOptions(PairOptions, total=False):
     """Bias of the student's head."""
     teacher_bias: Float[Tensor, "V"] | None
     """Bias of the teacher's head; -inf masks an id, unless a soft-cap makes it finite."""
+    vocab_parallel: VocabParallel | None
+    """As in `LinearRowOptions`; both heads are cut at the same ids."""
 
 
 def fused_loss(
@@ -117,6 +127,7 @@ def fused_loss(
     chunk_bytes: int | None = None,
     backend: str = "auto",
     return_stats: bool = False,
+    vocab_parallel: VocabParallel | None = None,
 ) -> Output:
     """Check, call the operation and reduce; a model is (hidden, weight), (logits,) or a TopK."""
     check_choice("reduction", reduction, ("mean", "sum", "none"))
@@ -131,7 +142,11 @@ def fused_loss(
         tutor = _side("teacher", teacher, teacher_bias, teacher_transform)
     if tutor is None:
         _refuse_teacher_options(teacher_bias, teacher_transform)
-    check_tensors(pupil, tutor, target, token_weight)
+    part = None
+    if vocab_parallel is not None:
+        pupil, tutor, part = take_part(vocab_parallel, loss, backend, pupil, tutor)
+        backend = "torch"
+    check_tensors(pupil, tutor, target, token_weight, part=part is not None)
     if stored is not None:
         check_top_k(stored, pupil)
     pupil, tutor = as_autocast(pupil), None if tutor is None else as_autocast(tutor)
@@ -150,7 +165,7 @@ def fused_loss(
     inputs = _ops.Inputs(*pupil[1:4], *others, *rows, *packed, *run)
     if stored is not None:
         inputs = inputs._replace(teacher_hidden=stored.values, teacher_ids=stored.ids)
-    result, per_token_N, stats_SN = _call(inputs, reduction)
+    result, per_token_N, stats_SN = _call(inputs, reduction, part)
     if not return_stats:
         return result
     named = dict(zip(ROW_LOSSES[loss].stats, stats_SN.detach().unbind(), strict=True))
@@ -181,16 +196,18 @@ def settings(hidden: Tensor, backend: str, chunk_bytes: int | None) -> tuple[str
     return backend, chunk_bytes
 
 
-def _call(inputs: _ops.Inputs, reduction: str) -> tuple[Tensor, Tensor, Tensor]:
+def _call(inputs: _ops.Inputs, reduction: str, part: Part | None) -> tuple[Tensor, Tensor, Tensor]:
     """Call the operation that fits: the reduced loss, per-row losses, statistics.
 
     The one for sums is needed only where dW must be summed before the upstream gradient is known.
     """
     by_rows = reduction == "none" or not any(inputs.needs[1:]) or inputs.keeps_slab()
     if not by_rows:
-        total, per_token_N, stats_SN, *_ = _ops.lm_head_loss(*inputs)
+        results = parallel_loss(part, inputs) if part else _ops.lm_head_loss(*inputs)
+        total, per_token_N, stats_SN, *_ = results
         return total, per_token_N, stats_SN
-    per_token_N, stats_SN, *_ = _ops.lm_head_rows(*inputs)
+    results = parallel_rows(part, inputs) if part else _ops.lm_head_rows(*inputs)
+    per_token_N, stats_SN, *_ = results
     if reduction == "none":
         return per_token_N * inputs.row_weight, per_token_N, stats_SN
     return torch.dot(per_token_N, inputs.row_weight), per_token_N, stats_SN

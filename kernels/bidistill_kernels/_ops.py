@@ -29,6 +29,7 @@ from bidistill_kernels._head import (
 )
 from bidistill_kernels._head_gradients import Kept, Shape, head_gradients
 from bidistill_kernels._rows import ROW_LOSSES, TopK
+from bidistill_kernels._vocabulary import WHOLE, Vocabulary
 from bidistill_kernels.transform import LogitTransform
 
 _INPUTS = (
@@ -78,15 +79,11 @@ class Inputs(NamedTuple):
         """Tell whether lm_head_rows keeps the gradient of the logits."""
         return keeps_slab(*self[:2], self.loss, Needs(*self.needs), self.backend)
 
-    def plan(self, *, weigh: bool) -> Plan:
-        """Return the driver's plan."""
-        return Plan(self.backend, self.chunk_bytes, self.all_rows, weigh)
-
-
-def _run(inputs: Inputs, *, weigh: bool) -> LossRows:
-    sides = inputs.student(), inputs.teacher(), inputs.target, inputs.row_weight
-    needs, plan = Needs(*inputs.needs), inputs.plan(weigh=weigh)
-    return lm_head.run_chunks(*sides, inputs.loss, inputs.params, needs, plan)
+    def run(self, *, weigh: bool, vocabulary: Vocabulary = WHOLE) -> LossRows:
+        """Run the driver."""
+        sides = self.student(), self.teacher(), self.target, self.row_weight
+        plan = Plan(self.backend, self.chunk_bytes, self.all_rows, weigh, vocabulary)
+        return lm_head.run_chunks(*sides, self.loss, self.params, Needs(*self.needs), plan)
 
 
 @torch.library.custom_op(
@@ -101,7 +98,7 @@ def lm_head_loss(*args: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
     for have size 0, the others have the dtype of the computation.
     """
     inputs = Inputs(*args)
-    rows = _run(inputs, weigh=True)
+    rows = inputs.run(weigh=True)
     total = torch.dot(rows.loss_N, inputs.row_weight)
     if inputs.needs[0]:
         rows.hidden_ND.mul_(inputs.row_weight[:, None])
@@ -128,7 +125,7 @@ def lm_head_rows(*args: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
 
     Everything is unweighted, and 0 where `row_weight` is; what is not needed has size 0.
     """
-    rows = _run(Inputs(*args), weigh=False)
+    rows = Inputs(*args).run(weigh=False)
     return rows.loss_N, rows.stats_SN, rows.hidden_ND, rows.slab_NV, rows.ids_NK
 
 
@@ -218,10 +215,11 @@ def _computed(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-_NONE = (None,) * len(Inputs._fields)
+NONE = (None,) * len(Inputs._fields)
 
 
-def _save(ctx: Any, inputs: Inputs, *saved: Tensor | None) -> None:  # noqa: ANN401
+def save(ctx: Any, inputs: Inputs, *saved: Tensor | None) -> None:  # noqa: ANN401
+    """Keep tensors for backward, and what `returned` needs to know of the inputs."""
     # autograd would fill a zero upstream gradient for every output, one as large as dW among them
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*saved)
@@ -229,14 +227,15 @@ def _save(ctx: Any, inputs: Inputs, *saved: Tensor | None) -> None:  # noqa: ANN
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
 
 
-def _returned(ctx: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+def returned(ctx: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:  # noqa: ANN401
     """Arrange the first three inputs' gradients, in their dtype, as autograd wants them."""
     triples = zip(gradients, ctx.needs, ctx.dtypes, strict=True)
     first = [x.to(dtype) if need and dtype else None for x, need, dtype in triples]
-    return *first, *_NONE[3:]
+    return *first, *NONE[3:]
 
 
-def _refuse_second_derivative() -> None:
+def refuse_second_derivative() -> None:
+    """Refuse a backward that should have one of its own."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "create_graph: got True, expected False; this loss has no second derivative. "
@@ -245,18 +244,19 @@ def _refuse_second_derivative() -> None:
 
 
 def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
-    _save(ctx, Inputs(*inputs), *output[3:])
+    save(ctx, Inputs(*inputs), *output[3:])
 
 
-def _backward_loss(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
+def backward_loss(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
+    """Multiply the saved gradients of a sum by its upstream gradient."""
     if upstream is None:
-        return _NONE
-    _refuse_second_derivative()
+        return NONE
+    refuse_second_derivative()
     # fp32 until here, so that a gradient scaler's factor comes before the rounding to 16 bits
-    return _returned(ctx, tuple(_scaled(x, upstream) for x in ctx.saved_tensors))
+    return returned(ctx, tuple(scaled(x, upstream) for x in ctx.saved_tensors))
 
 
-def _scaled(saved: Tensor, factor: Tensor) -> Tensor:
+def scaled(saved: Tensor, factor: Tensor) -> Tensor:
     """Multiply a saved gradient, in its own memory if nobody can ask for it again.
 
     A copy of dW would be the largest thing in memory, one of dX with a frozen head.
@@ -282,7 +282,7 @@ def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     # without a slab the head's gradients need all of the inputs once more
     ctx.again = not ctx.keeps and (named.needs[1] or named.needs[2])
     tensors = named[:8] if ctx.again else (student.hidden_ND if ctx.keeps else None,) + (None,) * 7
-    _save(ctx, named, *tensors, named.row_weight, *output[2:])
+    save(ctx, named, *tensors, named.row_weight, *output[2:])
     ctx.settings = named[9:-1]
     # from a slab they need of head and bias the shapes alone
     ctx.sizes = [[] if x is None else list(x.shape) for x in named[1:3]]
@@ -292,13 +292,13 @@ def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 def _backward_rows(ctx: Any, upstream_N: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:  # noqa: ANN401
     if upstream_N is None:
-        return _NONE
-    _refuse_second_derivative()
+        return NONE
+    refuse_second_derivative()
     *tensors, row_weight_N, dx_ND, slab, ids = ctx.saved_tensors
     needs = ctx.needs
     # rows that were left out are constants, whatever the upstream gradient holds there
     upstream_N = torch.where(row_weight_N == 0, 0, upstream_N)
-    dx_ND = _scaled(dx_ND, upstream_N[:, None]) if needs[0] else dx_ND
+    dx_ND = scaled(dx_ND, upstream_N[:, None]) if needs[0] else dx_ND
     head = (upstream_N, upstream_N)
     if ctx.again and (needs[1] or needs[2]):
         head = lm_head_loss(*tensors, upstream_N, *ctx.settings, [False, *needs[1:]])[4:]
@@ -308,8 +308,8 @@ def _backward_rows(ctx: Any, upstream_N: Tensor | None, *_: Tensor | None) -> tu
             shapes += [size if need else [], dtype or upstream_N.dtype]
         rows = slab, ids, tensors[0], row_weight_N, upstream_N * ctx.factor
         head = lm_head_gradients(*rows, *shapes, *ctx.kept)
-    return _returned(ctx, (dx_ND, *head))
+    return returned(ctx, (dx_ND, *head))
 
 
-lm_head_loss.register_autograd(_backward_loss, setup_context=_save_loss)
+lm_head_loss.register_autograd(backward_loss, setup_context=_save_loss)
 lm_head_rows.register_autograd(_backward_rows, setup_context=_save_rows)

@@ -32,7 +32,7 @@ def keeps_halves(a: Tensor, b: Tensor) -> bool:
 def _slabs(weight_VD: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Yield the head in pieces of `dtype`: one piece if it has that dtype already."""
     V = len(weight_VD)
-    step = V if weight_VD.dtype == dtype else SLAB_ROWS
+    step = max(1, V) if weight_VD.dtype == dtype else SLAB_ROWS
     for start in range(0, V, step):
         ids = slice(start, min(start + step, V))
         yield ids, weight_VD[ids].to(dtype)

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
+from bidistill_kernels._vocabulary import WHOLE, Vocabulary
 from bidistill_kernels.transform import LogitTransform
 
 
@@ -79,6 +80,8 @@ class Chunk(NamedTuple):
     """Where a dense gradient goes, in its dtype; None if none is wanted. It may share storage
     with the student's logits, row upon row."""
     need_gradient: bool
+    vocabulary: Vocabulary = WHOLE
+    """How the torch back-end reduces over it; the other back-ends are given whole ones only."""
 
 
 class RowResult(NamedTuple):

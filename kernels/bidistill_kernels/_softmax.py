@@ -8,16 +8,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bidistill_kernels._vocabulary import Vocabulary
 
-def softmax_(logits_CV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Subtract each row's maximum in place.
 
-    Returns the probabilities, the maximum and the log-sum-exp relative to it.
-    """
-    top_C1 = logits_CV.amax(-1, keepdim=True)
-    p_CV = logits_CV.sub_(top_C1).exp()
-    sum_C1 = p_CV.sum(-1, keepdim=True)
-    return p_CV.div_(sum_C1), top_C1, sum_C1.log()
+class Softmax(NamedTuple):
+    """Distribution of a block."""
+
+    p_CV: Tensor
+    top_C1: Tensor  # largest logit
+    log_sum_C1: Tensor  # log-sum-exp of the logits relative to it
+
+
+def softmax_(vocabulary: Vocabulary, *logits_CV: Tensor) -> list[Softmax]:
+    """Subtract each row's maximum from each block in place, and return their softmaxes."""
+    tops_C1 = vocabulary.top(*logits_CV)
+    blocks = zip(logits_CV, tops_C1, strict=True)
+    ps_CV = [block_CV.sub_(top_C1).exp() for block_CV, top_C1 in blocks]
+    sums_C1 = vocabulary.sum(*(p_CV.sum(-1, keepdim=True) for p_CV in ps_CV))
+    triples = zip(ps_CV, tops_C1, sums_C1, strict=True)
+    return [Softmax(p_CV.div_(sum_C1), top_C1, sum_C1.log()) for p_CV, top_C1, sum_C1 in triples]
 
 
 class Comparison(NamedTuple):
@@ -33,10 +42,12 @@ class Comparison(NamedTuple):
     teacher_lse_C: Tensor
 
 
-def compare_(student_logits_CV: Tensor, teacher_logits_CV: Tensor) -> Comparison:
+def compare_(
+    vocabulary: Vocabulary, student_logits_CV: Tensor, teacher_logits_CV: Tensor
+) -> Comparison:
     """Compare two blocks of logits; the results overwrite both of them."""
-    p_s, top_s, log_sum_s = softmax_(student_logits_CV)
-    p_t, top_t, log_sum_t = softmax_(teacher_logits_CV)
+    student, teacher = softmax_(vocabulary, student_logits_CV, teacher_logits_CV)
+    (p_s, top_s, log_sum_s), (p_t, top_t, log_sum_t) = student, teacher
     # logits relative to their maxima are subtracted first: lse - lse of O(10) numbers would cost
     # 2 to 12 times the error. An id masked in both models gives -inf - -inf and counts as absent
     log_ratio = teacher_logits_CV.sub_(student_logits_CV).add_(log_sum_s - log_sum_t)

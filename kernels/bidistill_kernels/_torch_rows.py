@@ -15,6 +15,7 @@ from torch.nn.functional import embedding_bag
 
 from bidistill_kernels._rows import Chunk, Logits, RowFunction, RowResult
 from bidistill_kernels._top import top_ids
+from bidistill_kernels._vocabulary import Vocabulary
 from bidistill_kernels.transform import LogitTransform
 
 # A temporary of the sparse products, (rows, K, D)
@@ -92,7 +93,7 @@ class Gathered:
 
 
 DenseFunction: TypeAlias = Callable[
-    [Tensor, Tensor | None, Tensor | None, Sequence[float], bool], "DenseResult"
+    [Tensor, Tensor | None, Tensor | None, Vocabulary, Sequence[float], bool], "DenseResult"
 ]
 
 
@@ -114,12 +115,14 @@ def dense_rows(function: DenseFunction) -> RowFunction:
         capped = chunk.need_gradient and student.transform.softcap is not None
         slope_CV = student.transform.slope(student.raw_CV) if capped else None
         teacher_CV = None if teacher is None else _raw(teacher)
-        result = function(student.raw_CV, teacher_CV, chunk.target_C, params, chunk.need_gradient)
+        sides = student.raw_CV, teacher_CV, chunk.target_C, chunk.vocabulary
+        result = function(*sides, params, chunk.need_gradient)
         if result.gradient_CV is not None:
             assert chunk.gradient_CV is not None
             if slope_CV is not None:
                 result.gradient_CV.mul_(slope_CV)
-            chunk.gradient_CV.copy_(result.gradient_CV)
+            # in 16 bits it would overlap itself, where it goes over the logits it was made of
+            chunk.gradient_CV.copy_(result.gradient_CV.to(chunk.gradient_CV.dtype))
         return RowResult(result.loss_C, result.stats)
 
     return rows

@@ -30,6 +30,7 @@ from bidistill_kernels._loss import (
 from bidistill_kernels._rows import row_function
 from bidistill_kernels._softmax import compare_, expected
 from bidistill_kernels._torch_rows import DenseResult, dense_rows
+from bidistill_kernels._vocabulary import Vocabulary
 
 
 def bidirectional_kl_reference(
@@ -65,29 +66,29 @@ def _rows(
     student_logits_CV: Tensor,
     teacher_logits_CV: Tensor | None,
     target_C: Tensor | None,
+    vocabulary: Vocabulary,
     params: Sequence[float],
     need_gradient: bool,
 ) -> DenseResult:
     assert teacher_logits_CV is not None
     forward, reverse, cross_entropy = params
-    target_C1 = None
+    label = ()
     if cross_entropy:
         assert target_C is not None
-        target_C1 = target_C.long()[:, None]
-        label_logit_C = student_logits_CV.gather(1, target_C1).squeeze(1)
-    both = compare_(student_logits_CV, teacher_logits_CV)
+        target_C = target_C.long()
+        label = (vocabulary.label(student_logits_CV, target_C),)
+    both = compare_(vocabulary, student_logits_CV, teacher_logits_CV)
     # sum p r is a difference of O(1) numbers; with the gap the sums become those of
     # p_t (r + e^-r - 1) and p_s (e^r - 1 - r): not negative, and off by r^2 where r is off by r
-    gap_C = both.gap_CV.sum(-1)
-    forward_C = expected(both.p_teacher_CV, both.log_ratio_CV, out=both.p_teacher_CV).sum(-1)
-    forward_C -= gap_C
+    p_t_r_C = expected(both.p_teacher_CV, both.log_ratio_CV, out=both.p_teacher_CV).sum(-1)
     p_r_CV = expected(both.p_student_CV, both.log_ratio_CV, out=both.log_ratio_CV)
-    p_r_C = p_r_CV.sum(-1)
-    reverse_C = gap_C - p_r_C
+    sums = vocabulary.sum(both.gap_CV.sum(-1), p_t_r_C, p_r_CV.sum(-1), *label)
+    gap_C, p_t_r_C, p_r_C, *label = sums
+    forward_C, reverse_C = p_t_r_C - gap_C, gap_C - p_r_C
     # a weight of 0 switches a part off even where it is infinite
     parts = [w * part for w, part in ((forward, forward_C), (reverse, reverse_C)) if w]
     loss_C = sum(parts, torch.zeros_like(gap_C))
-    if target_C1 is not None:
+    for label_logit_C in label:
         # relative to the row's maximum: logits of 1e4 cost no digits
         below_top_C = both.student_top_C - label_logit_C
         loss_C += cross_entropy * (both.student_log_sum_C + below_top_C)
@@ -98,11 +99,9 @@ def _rows(
     if reverse:
         gradient_CV.sub_(p_r_CV, alpha=reverse)
         gradient_CV.addcmul_(both.p_student_CV, p_r_C[:, None], value=reverse)
-    if target_C1 is not None:
+    if cross_entropy and target_C is not None:
         gradient_CV.add_(both.p_student_CV, alpha=cross_entropy)
-        gradient_CV.scatter_add_(
-            1, target_C1, gradient_CV.new_full(target_C1.shape, -cross_entropy)
-        )
+        vocabulary.add_label_(gradient_CV, target_C, -cross_entropy)
     return DenseResult(loss_C, gradient_CV, stats)
 
 

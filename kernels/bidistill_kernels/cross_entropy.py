@@ -24,6 +24,7 @@ from bidistill_kernels._loss import (
 from bidistill_kernels._rows import row_function
 from bidistill_kernels._softmax import softmax_
 from bidistill_kernels._torch_rows import DenseResult, dense_rows
+from bidistill_kernels._vocabulary import Vocabulary
 
 
 def cross_entropy_reference(
@@ -39,19 +40,21 @@ def _rows(
     student_logits_CV: Tensor,
     teacher_logits_CV: Tensor | None,
     target_C: Tensor | None,
+    vocabulary: Vocabulary,
     params: Sequence[float],
     need_gradient: bool,
 ) -> DenseResult:
     assert target_C is not None
-    target_C1 = target_C.long()[:, None]
-    p_CV, top_C1, log_sum_C1 = softmax_(student_logits_CV)
+    target_C = target_C.long()
+    ((p_CV, top_C1, log_sum_C1),) = softmax_(vocabulary, student_logits_CV)
     lse_C = (top_C1 + log_sum_C1).squeeze(1)
     # both terms are relative to the row's maximum: logits of 1e4 cost no digits
-    loss_C = (log_sum_C1 - student_logits_CV.gather(1, target_C1)).squeeze(1)
+    (label_C,) = vocabulary.sum(vocabulary.label(student_logits_CV, target_C))
+    loss_C = log_sum_C1.squeeze(1) - label_C
     if not need_gradient:
         return DenseResult(loss_C, None, (lse_C,))
-    gradient_CV = p_CV.scatter_add_(1, target_C1, p_CV.new_full(target_C1.shape, -1))
-    return DenseResult(loss_C, gradient_CV, (lse_C,))
+    vocabulary.add_label_(p_CV, target_C, -1)
+    return DenseResult(loss_C, p_CV, (lse_C,))
 
 
 def linear_cross_entropy(

@@ -30,6 +30,7 @@ from bidistill_kernels._loss import (
 from bidistill_kernels._rows import row_function
 from bidistill_kernels._softmax import compare_, expected
 from bidistill_kernels._torch_rows import DenseResult, dense_rows
+from bidistill_kernels._vocabulary import Vocabulary
 
 
 def jsd_reference(
@@ -56,12 +57,13 @@ def _rows(
     student_logits_CV: Tensor,
     teacher_logits_CV: Tensor | None,
     target_C: Tensor | None,
+    vocabulary: Vocabulary,
     params: Sequence[float],
     need_gradient: bool,
 ) -> DenseResult:
     assert teacher_logits_CV is not None
     (beta,) = params
-    both = compare_(student_logits_CV, teacher_logits_CV)
+    both = compare_(vocabulary, student_logits_CV, teacher_logits_CV)
     log_ratio_CV, p_s_CV, p_t_CV = both.log_ratio_CV, both.p_student_CV, both.p_teacher_CV
     # F = max(r, 0) + L with L = log1p(c expm1(-|r|)), c = beta below r = 0 and 1 - beta above:
     # log((1 - beta) + beta e^r) overflows for large r and has no digits left for small ones
@@ -69,11 +71,12 @@ def _rows(
     L_CV.mul_(log_ratio_CV.sign().mul_(0.5 - beta).add_(0.5)).log1p_()
     teacher_C = expected(p_t_CV, log_ratio_CV.clamp(max=0).sub_(L_CV), out=p_t_CV).sum(-1)
     p_F_CV = expected(p_s_CV, L_CV.add_(log_ratio_CV.clamp_(min=0)), out=L_CV)
-    p_F_C = p_F_CV.sum(-1)
+    sums = vocabulary.sum(teacher_C, p_F_CV.sum(-1), both.gap_CV.sum(-1))
+    teacher_C, p_F_C, gap_C = sums
     # in the sum of both parts an error of a log-sum-exp cancels to first order
     loss_C = beta * teacher_C - (1 - beta) * p_F_C
     # 0, or the NaN that `expected` took out
-    nan_C = 0 * both.gap_CV.sum(-1)
+    nan_C = 0 * gap_C
     loss_C += nan_C
     stats = both.student_lse_C, both.teacher_lse_C
     if not need_gradient:

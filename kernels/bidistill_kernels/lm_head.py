@@ -30,6 +30,7 @@ from bidistill_kernels._head import (
     Needs,
     Plan,
     Rows,
+    chunk_width,
     gradient_dtype,
     keeps_slab,
     kept_rows,
@@ -46,6 +47,7 @@ from bidistill_kernels._rows import (
 )
 from bidistill_kernels._stored import top_log_probs
 from bidistill_kernels._torch_rows import Gathered
+from bidistill_kernels._vocabulary import WHOLE
 
 
 def run_chunks(
@@ -149,7 +151,7 @@ class _Job:
         assert not (self.sums and self.sparse), "sparse gradients are kept, not summed"
         keeps = keeps_slab(*student[:2], loss, needs, plan.backend)
         self.keeps = not plan.weigh and keeps
-        self.gradient_dtype = gradient_dtype(student, plan.backend, self.dtype)
+        self.gradient_dtype = gradient_dtype(student, plan.backend, self.dtype, plan.vocabulary)
         self.kept_M = kept_rows(row_weight_N, plan.all_rows)
         self.M = len(row_weight_N) if self.kept_M is None else len(self.kept_M)
         self.out = self._results(slab_shape(student, teacher, loss, params))
@@ -193,7 +195,7 @@ class _Job:
 
     def run(self) -> None:
         """Go through the slabs, and the chunks of each."""
-        width = padded(self.student.vocab) * len(self.heads)
+        width = chunk_width(len(self.heads), self.student.vocab, self.plan.vocabulary)
         if self.loss.gathers and isinstance(self.teacher, TopK):
             width = self.teacher.ids.shape[1]
         C = _chunk_rows(self.M, max(1, self.plan.chunk_bytes // (width * self.dtype.itemsize)))
@@ -214,7 +216,7 @@ class _Job:
         if self.keeps and not self.sparse:
             return max(1, self.M), self.out.slab_NV
         row_bytes = padded(self.student.vocab) * self.gradient_dtype.itemsize
-        chunks = self.sizes.slab_bytes // (C * row_bytes)
+        chunks = self.sizes.slab_bytes // max(1, C * row_bytes)
         if not (self.sums and self.needs.weight) or chunks < 2:
             return 1, None
         G = min(chunks * C, max(1, self.M))
@@ -225,14 +227,17 @@ class _Job:
     def _run_chunk(self, start: int, stop: int, buffer: Tensor, place_CV: Tensor | None) -> None:
         """Project a chunk, run the row function over its blocks, use an in-place gradient."""
         rows, C, V = self.rows(start, stop), stop - start, self.student.vocab
-        logits_HCV = buffer[: len(self.heads) * C * padded(V)].view(-1, C, padded(V))[..., :V]
+        H, S = 0 if self.loss.gathers else len(self.heads), padded(V)
+        logits_HCV = buffer[: H * C * S].view(H, C, S)[..., :V]
         if not self.loss.gathers:
             self._project(rows, logits_HCV)
         in_place = any(self.needs) and not self.sparse and place_CV is None
         if in_place:
             # a 16-bit gradient begins where its row of logits does
             place_CV = logits_HCV[0].view(self.gradient_dtype)
-        B = C if self.loss.gathers else max(1, self.sizes.block_bytes // (V * self.dtype.itemsize))
+        B = C
+        if not self.loss.gathers and self.plan.vocabulary is WHOLE:
+            B = max(1, self.sizes.block_bytes // (V * self.dtype.itemsize))
         for at in range(0, C, B):
             block = slice(at, min(at + B, C))
             where = self.rows(start + at, start + block.stop)
@@ -241,6 +246,7 @@ class _Job:
                 None if self.target_N is None else self.target_N[where].long(),
                 None if place_CV is None else place_CV[block, :V],
                 any(self.needs),
+                self.plan.vocabulary,
             )
             self._write(where, self.function(chunk, self.params))
         if in_place and place_CV is not None:

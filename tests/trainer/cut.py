@@ -59,6 +59,7 @@ class Case(NamedTuple):
     live: bool = False
     """Whether the teacher runs in each step; else its rows are kept."""
     combine: str = "sum"
+    offload: bool = False
 
 
 class Outcome(NamedTuple):
@@ -83,7 +84,10 @@ def config_of(case: Case) -> TrainConfig:
         # small steps: a random model is far from smooth, and must not make much of rounding
         optim=OptimConfig(lr=1e-4, warmup_steps=0, clip_norm=1e9),
         parallel=ParallelConfig(
-            shard=case.shard, accumulate=case.accumulate, recompute=case.recompute
+            shard=case.shard,
+            accumulate=case.accumulate,
+            recompute=case.recompute,
+            offload=case.offload,
         ),
         combine=case.combine,  # type: ignore
         steps=STEPS,

@@ -99,11 +99,13 @@ def test_equals_the_whole_run(ranks, training, tied, size, shard, accumulate):
         Case("lora", recompute=True),
         Case("full", tied=False, recompute=True),
         Case("lora", live=True, accumulate=2),
+        Case("full", offload=True, accumulate=2),
+        Case("lora", tied=False, offload=True, live=True),
         Case("lora", tied=False, live=True, recompute=True, accumulate=2),
     ],
     ids=str,
 )
-def test_recomputing_and_a_live_teacher_change_nothing(ranks, case):
+def test_recomputing_offloading_and_a_live_teacher_change_nothing(ranks, case):
     expected = whole(Case(case.training, case.tied))
     assert_equal(cut.train(case, World()), expected)
     assert_equal(ranks(2).run(cut.run, case)[0], expected)

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bidistill import export
 from bidistill.config import LoraSettings
-from bidistill.models import add_adapter, attach_distill_step, load_base
+from bidistill.loading import load_base
+from bidistill.models import add_adapter, attach_distill_step
 from tests.trainer.tiny import make_model, randomise_adapters
 
 TOKENS = torch.arange(2, 14)[None]

@@ -16,14 +16,12 @@ from transformers import (
 
 from bidistill.config import LoraSettings, ModelConfig
 from bidistill.errors import UserError
+from bidistill.loading import load_base, load_model, load_tokenizer
 from bidistill.models import (
     adapters_off,
     add_adapter,
     attach_distill_step,
     backbone,
-    load_base,
-    load_model,
-    load_tokenizer,
     read_logit_transform,
     unwrapped,
 )

@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bidistill import attention, options, train
-from bidistill.attention import FLASH_NAME, flash_attention, packed_attention, use_packed_attention
+from bidistill import flash, options, train
+from bidistill.attention import packed_attention, use_packed_attention
 from bidistill.config import ModelConfig
 from bidistill.data.packing import Segment, pack
 from bidistill.errors import UserError
+from bidistill.flash import FLASH_NAME, flash_attention
 from bidistill.models import backbone, hidden_rows
 from tests.test_attention import SEQUENCES, dense_attention
 from tests.trainer.tiny import make_model
@@ -56,7 +57,7 @@ def varlen(q, k, v, ends_q, ends_k, most_q, most_k, *, scale, window_size, enabl
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    monkeypatch.setattr(attention, "_varlen_attn", lambda: varlen)
+    monkeypatch.setattr(flash, "_varlen_attn", lambda: varlen)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
@@ -100,7 +101,7 @@ def test_a_model_takes_flash_once_it_is_chosen(stand_in):
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])
 @pytest.mark.parametrize("window", [None, 3, 20])
 def test_flash_equals_the_plain_attention_on_cuda(heads, window):
-    attention.check_flash("bfloat16")
+    flash.check_flash("bfloat16")
     shape = SEGMENTS[-1].end, 64
     q, k, v = (
         torch.randn(1, n, *shape, device="cuda").bfloat16().requires_grad_()
@@ -153,7 +154,7 @@ def with_old_cuda(monkeypatch):
 
 def with_old_torch(monkeypatch):
     with_cuda(monkeypatch)
-    monkeypatch.setattr(attention, "_varlen_attn", lambda: None)
+    monkeypatch.setattr(flash, "_varlen_attn", lambda: None)
 
 
 LIGER = {"liger": True}
@@ -175,9 +176,10 @@ FLASH = {"attention": "flash", "dtype": "bfloat16"}
         ),
     ],
 )
-def test_refused_before_anything_is_loaded(config, monkeypatch, model, machine, message):
+def test_refused_before_anything_is_loaded(config, monkeypatch, tmp_path, model, machine, message):
     machine(monkeypatch)
-    config = replace(config, model=replace(config.model, path="nowhere", **model))
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")  # nothing to be loaded
+    config = replace(config, model=replace(config.model, path=str(tmp_path), **model))
     with pytest.raises(UserError, match=rf"model\.{message}") as caught:
         train.main(config)
     assert "\n" not in str(caught.value)
@@ -190,9 +192,9 @@ def test_liger_without_kernels_for_a_model_is_refused(monkeypatch, tmp_path):
     with_cuda(monkeypatch)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
     with pytest.raises(UserError, match=r"model\.liger: got true for a gpt2 model, which this"):
-        options.check(ModelConfig(path=str(tmp_path), liger=True))
+        options.check(ModelConfig(path="", liger=True), tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-    options.check(ModelConfig(path=str(tmp_path), liger=True))
+    options.check(ModelConfig(path="", liger=True), tmp_path)
 
 
 def test_flash_refuses_dropout(stand_in):
@@ -202,4 +204,4 @@ def test_flash_refuses_dropout(stand_in):
 
 
 def test_what_pytorch_has_is_found():
-    assert attention._varlen_attn() is not None
+    assert flash._varlen_attn() is not None

@@ -23,11 +23,13 @@ from bidistill.data.records import ROLES
 from bidistill.data.store import Selection
 from bidistill.data.views import Example, View, build_examples
 from bidistill.errors import UserError
-from bidistill.models import TeacherRows, adapters_off, hidden_rows, load_base
+from bidistill.loading import load_base
+from bidistill.models import TeacherRows, adapters_off, hidden_rows
 from bidistill.teacher import HiddenCache, frozen_head
 from bidistill.teacher_build import build_rows
 from bidistill.teacher_cache import place, selected
 from bidistill.teacher_store import HEAD, HEADER, INDEX, TeacherStore, key_of, problem_of
+from bidistill.world import World
 from bidistill_kernels import linear_bidirectional_kl
 from tests.trainer.test_step import CONTEXTS, fused_step, gradients, make_student
 from tests.trainer.test_train import full, in_folder, weights_of
@@ -327,15 +329,10 @@ def test_a_build_that_fails_leaves_nothing(examples, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mistakes_of_the_caller(examples, tmp_path, monkeypatch):
+def test_mistakes_of_the_caller(examples, tmp_path):
     model = make_student("lora")
     with pytest.raises(ValueError, match="examples: got none"):
         build_rows(model, [], tmp_path / "rows", {})
-    with pytest.raises(ValueError, match="world_size: got 2 without a process group"):
-        build_rows(model, examples, tmp_path / "rows", {}, rank=0, world_size=2)
-    monkeypatch.setattr(teacher_build, "DTensor", nn.Parameter)
-    with pytest.raises(ValueError, match="model: got sharded weights"):
-        build_rows(model, examples, tmp_path / "rows", {})
 
 
 OTHER_RANK = """
@@ -345,15 +342,16 @@ import torch, torch.distributed as dist
 from bidistill import teacher_build
 from bidistill.data.loader import Batch
 from bidistill.data.store import TokenStore
-from bidistill.models import load_base
+from bidistill.loading import load_base
 from bidistill.teacher_store import TeacherStore
+from bidistill.world import World
 
 meet, threads, file_bytes, model, tokens, folder = sys.argv[1:]
 dist.init_process_group("gloo", init_method=f"file://{meet}", rank=1, world_size=2)
 torch.set_num_threads(int(threads))
 teacher_build.FILE_BYTES = int(file_bytes)
 examples = TokenStore(Path(tokens))
-teacher_build.build_rows(load_base(model), examples, Path(folder), {"made": "by a test"})
+teacher_build.build_rows(load_base(model), examples, Path(folder), {}, World(1, 2))
 rows = TeacherStore(Path(folder)).for_batch(Batch(tuple(examples)))
 assert rows.hidden.isfinite().all() and rows.weight is not None
 dist.destroy_process_group()
@@ -389,7 +387,7 @@ def test_two_ranks_make_the_bytes_of_one(config, tokenizer, model_dir, tmp_path,
             timeout=timedelta(minutes=2),  # a rank that died must not hold the other up
         )
         try:
-            build_rows(model, examples, folder, {"made": "by a test"})
+            build_rows(model, examples, folder, {}, World(0, 2))
             both = [s.for_batch(Batch(tuple(examples))) for s in (single, TeacherStore(folder))]
         finally:
             torch.distributed.destroy_process_group()

@@ -84,7 +84,7 @@ class LocalModel:
         if self._loaded is None:
             import torch
 
-            from bidistill.models import load_base, load_tokenizer
+            from bidistill.loading import load_base, load_tokenizer
 
             dtype = getattr(torch, self._config.dtype)
             self._loaded = load_base(self._folder, dtype), load_tokenizer(self._folder)

@@ -181,7 +181,7 @@ def _words(text: str) -> list[str]:
 
 def _tokens(folder: Path) -> Cut:
     """Starts of a text as a model's tokenizer cuts it."""
-    from bidistill.models import load_tokenizer
+    from bidistill.loading import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
 

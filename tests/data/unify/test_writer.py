@@ -9,7 +9,7 @@ from bidistill.data.unify.writer import CACHE_NAME, Writer, WriterConfig, chat
 from bidistill.data.unify.writers import make_writer
 from bidistill.errors import UserError
 from bidistill.evaluation.generation import generate
-from bidistill.models import load_base, load_tokenizer
+from bidistill.loading import load_base, load_tokenizer
 from tests.data.unify.fake_endpoint import FakeEndpoint
 from tests.trainer.tiny import SHOTS, make_model, make_tokenizer
 
