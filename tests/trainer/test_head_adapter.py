@@ -21,7 +21,8 @@ from bidistill.data.records import Role
 from bidistill.data.views import Message, build_examples
 from bidistill.errors import UserError
 from bidistill.head import augmented
-from bidistill.models import TeacherRows, adapters_off, add_adapter, attach_distill_step, load_base
+from bidistill.loading import load_base
+from bidistill.models import TeacherRows, adapters_off, add_adapter, attach_distill_step
 from bidistill.teacher import HiddenCache
 from bidistill.world import World
 from tests.trainer import cut

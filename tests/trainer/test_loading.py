@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bidistill import distributed, teacher_build, train
-from bidistill.config import LoraSettings, ModelConfig, ParallelConfig
+from bidistill.config import LINEAR_LAYERS, LoraSettings, ModelConfig, ParallelConfig
 from bidistill.data.views import build_examples
 from bidistill.loading import load_base, load_model, load_shared
 from bidistill.models import unwrapped
@@ -25,6 +25,9 @@ from tests.trainer.cut import CONTEXTS, records
 from tests.trainer.ranks import Ranks
 from tests.trainer.test_train import WEIGHTS, full, in_folder
 from tests.trainer.tiny import make_model, make_tokenizer
+
+
+HEAD_TOO = LoraSettings(rank=2, targets=(*LINEAR_LAYERS, "lm_head"))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,9 @@ def loaded(config, parallel):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("adapter", [None, LoraSettings(rank=2)], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "adapter", [None, LoraSettings(rank=2), HEAD_TOO], ids=["full", "lora", "head too"]
+)
 @pytest.mark.parametrize("tied", [True, False])
 def test_parts_make_the_whole(ranks, tmp_path, tied, adapter, dtype):
     make_model(tied).save_pretrained(tmp_path)
@@ -203,7 +208,24 @@ def without_order(path):
     return {k: sorted(v) if k == "target_modules" else v for k, v in content.items()}
 
 
-@pytest.mark.parametrize("make", [lambda c: c, full], ids=["lora", "full"])
+def with_head(tied):
+    """A recipe whose LM head, tied to the embedding or not, gets an adapter, too."""
+
+    def make(config):
+        folder = config.output.parent / "base"
+        make_model(tied).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        return replace(config, model=replace(config.model, path=str(folder), adapter=HEAD_TOO))
+
+    return make
+
+
+HEADS = with_head(True), with_head(False)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda c: c, full, *HEADS], ids=["lora", "full", "tied head", "head"]
+)
 def test_what_ranks_export_is_what_one_process_does(ranks, config, tmp_path, make):
     config = replace(make(config), steps=3, threads=1)
     if config.model.adapter:
@@ -221,6 +243,7 @@ def test_what_ranks_export_is_what_one_process_does(ranks, config, tmp_path, mak
     expected = load_file(alone / WEIGHTS[alone.name])
     found = load_file(result / WEIGHTS[result.name])
     assert found.keys() == expected.keys()
+    assert (make in HEADS) == any("lm_head.lora_" in name for name in found)
     # a sign that rounding turns is a whole step of AdamW
     most = 2.1 * config.steps * config.optim.lr
     for name, tensor in expected.items():
