@@ -1,11 +1,14 @@
 """A model with Liger's kernels beside itself without: run in a process of its own, for Liger
 replaces a function of transformers' module. Without a GPU, by Triton's interpreter."""
 
+from tempfile import TemporaryDirectory
+
 import torch
 
-from bidistill.config import LoraSettings
+from bidistill.config import LoraSettings, ModelConfig
 from bidistill.data.packing import pack
 from bidistill.data.views import View
+from bidistill.loading import empty_model
 from bidistill.models import add_adapter, attach_distill_step, hidden_rows
 from bidistill.options import apply_liger
 from tests.trainer.tiny import make_model, randomise_adapters
@@ -69,6 +72,11 @@ def main() -> None:
         assert list(model.state_dict()) == keys
     assert "LigerRMSNorm" in repr(full)
     assert full.forward == forward, "the model's own forward stays"
+    with TemporaryDirectory() as folder:
+        make_model().save_pretrained(folder)
+        empty = empty_model(ModelConfig(path=folder, liger=True))
+    assert "LigerRMSNorm" in repr(empty)
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
     print("equal")
 
 

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from bidistill import flash, options, train
-from bidistill.attention import packed_attention, use_packed_attention
-from bidistill.config import ModelConfig
+from bidistill.attention import NAME, packed_attention, use_packed_attention
+from bidistill.config import LoraSettings, ModelConfig
 from bidistill.data.packing import Segment, pack
 from bidistill.errors import UserError
 from bidistill.flash import FLASH_NAME, flash_attention
-from bidistill.models import backbone, hidden_rows
+from bidistill.loading import empty_model, load_model
+from bidistill.models import backbone, hidden_rows, unwrapped
 from tests.test_attention import SEQUENCES, dense_attention
 from tests.trainer.tiny import make_model
 
@@ -95,6 +96,15 @@ def test_a_model_takes_flash_once_it_is_chosen(stand_in):
     with use_packed_attention(model):
         assert model.config._attn_implementation == FLASH_NAME
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("load", [load_model, empty_model])
+def test_whole_and_empty_models_have_what_the_recipe_asks_for(stand_in, model_dir, load):
+    for adapter in (None, LoraSettings(rank=2)):
+        for attention, name in (("auto", NAME), ("flash", FLASH_NAME)):
+            model = load(ModelConfig(path=str(model_dir), adapter=adapter, attention=attention))
+            with use_packed_attention(model):
+                assert unwrapped(model).config._attn_implementation == name
 
 
 @ON_CUDA
