@@ -2,7 +2,8 @@
 
 Each segment of a pack attends to itself causally and to its prefix wholly, one call of PyTorch's
 scaled_dot_product_attention a segment. No mask over the whole pack is ever built, so the cost grows
-with the lengths of the segments and not with the square of the pack.
+with the lengths of the segments and not with the square of the pack. flash.py does all segments in
+one call, where it can.
 
 Legend: B rows of the batch (always 1), N heads of the queries, M heads of keys and values (N is a
 multiple of M), T tokens of the pack, D width of a head.
@@ -39,7 +40,7 @@ _REFUSED = ("softcap", "s_aux", "position_bias")
 def register() -> None:
     """Make the attention known to transformers as `NAME`; calling it again changes nothing."""
     AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
+    AttentionMaskInterface.register(NAME, no_mask)
 
 
 @contextmanager
@@ -71,8 +72,8 @@ def use_packed_attention(model: nn.Module) -> Iterator[None]:
         _check_model(inner)
     before = [(inner.config, inner.config._attn_implementation) for inner in models]
     try:
-        for config, _ in before:
-            config._attn_implementation = NAME
+        for inner in models:
+            inner.config._attn_implementation = getattr(inner, "_packed_attention", NAME)
         yield
     finally:
         for config, implementation in before:  # outer first: setting one also sets those inside it
@@ -113,7 +114,7 @@ def packed_attention(
         UserError: the model changes the scores in a way that is not supported.
         ValueError: segments are missing or do not cover the tokens, or a mask is given.
     """
-    _check_call(module, q, k, attention_mask, segments, kwargs)
+    check_call(module, q, k, attention_mask, segments, kwargs)
     sizes = [segment.end - segment.start for segment in segments]
     # splitting once makes the gradient one concatenation; a slice each would fill T tokens each
     parts = zip(segments, q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True)
@@ -174,7 +175,7 @@ def _check_model(model: PreTrainedModel) -> None:
         )
 
 
-def _check_call(
+def check_call(
     module: nn.Module,
     q: Tensor,
     k: Tensor,
@@ -206,5 +207,5 @@ def _check_call(
         )
 
 
-def _no_mask(*args: object, **kwargs: object) -> None:
+def no_mask(*args: object, **kwargs: object) -> None:
     """Stands where other attentions build a mask over all tokens."""

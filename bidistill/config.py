@@ -57,7 +57,8 @@ class LoraSettings:
     alpha: Positive = 32
     """Scale: an adapter adds ``alpha / rank`` times its product."""
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = LINEAR_LAYERS
-    """Names of the linear layers that get an adapter."""
+    """Names of the linear layers that get an adapter; that of the LM head, such as ``lm_head``, may
+    be among them, at the cost told in ``bidistill/head.py``."""
     layers: tuple[Count, Count] | None = None
     """First and last transformer layer that get adapters, both included; ``null`` is all."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -79,6 +80,11 @@ class ModelConfig:
     """Type of the frozen weights; trained weights are float32 always."""
     adapter: LoraSettings | None = field(default_factory=LoraSettings)
     """``null`` trains all weights."""
+    attention: Literal["auto", "flash"] = "auto"
+    """``flash``: one call of PyTorch's FlashAttention for all sequences of a pack; takes CUDA and
+    bfloat16. ``auto``: a call of PyTorch's attention for each, on any device."""
+    liger: bool = False
+    """Norms, rotary angles and gated layers by the package liger-kernel; takes CUDA."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -118,12 +118,13 @@ def reduce_gradients(model: nn.Module, *, after: bool) -> None:
 def put_back(model: nn.Module) -> None:
     """Leave each rank with its own parts of the weights, after a forward without a backward.
 
-    The units of root and head stay whole for the backward that should follow. Without one, whoever
-    then asks the model for its parameters gets the whole ones, which never see a gradient.
+    The units of the root and of a head of its own stay whole for the backward that should follow.
+    Without one, whoever then asks the model for its parameters gets the whole ones, which never
+    see a gradient.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()
+            module.reshard()  # of its own unit only
 
 
 @torch.no_grad()

@@ -50,7 +50,8 @@ def save_merged(
     """Write a whole model with any adapter merged in, for ``AutoModelForCausalLM``.
 
     Weights are merged in fp32. The model itself stays as it is; only the tensors of the result
-    are held beside it.
+    are held beside it. A head with an adapter is no longer tied to the embedding: it is written
+    beside it.
 
     Args:
         model: the trained model, with an adapter or without.
@@ -66,6 +67,8 @@ def save_merged(
     _remove(folder)
     dtype = dtype or _stored_dtype(model)
     config = copy.deepcopy(unwrapped(model).config)
+    if isinstance(model.get_output_embeddings(), LoraLayer):  # type: ignore
+        config.tie_word_embeddings = False
     # a shell without memory of its own takes the merged tensors: save_pretrained then drops
     # tied weights and writes the right dtype into config.json
     with torch.device("meta"):

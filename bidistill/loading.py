@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from bidistill import contrastive, distributed
+from bidistill import contrastive, distributed, options
 from bidistill.config import ModelConfig, ParallelConfig
 from bidistill.errors import UserError
 from bidistill.models import add_adapter, attach_distill_step, unwrapped
@@ -270,7 +270,8 @@ def _dtype(config: ModelConfig, frozen: bool) -> torch.dtype:
 def _with_adapter(
     model: PreTrainedModel, config: ModelConfig, frozen: bool
 ) -> PreTrainedModel | PeftModel:
-    """With fresh adapters if the recipe asks for them; else all weights train, or none."""
+    """With what makes it faster, and fresh adapters, if asked for; else all trains, or none."""
+    options.apply(model, config)
     if config.adapter is None:
         return model.requires_grad_(not frozen)
     wrapped = add_adapter(model, config.adapter)

@@ -12,10 +12,12 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from bidistill.attention import use_packed_attention
 from bidistill.config import LoraSettings, ModelConfig
 from bidistill.data.packing import Packed
 from bidistill.errors import UserError
+from bidistill.head import augmented
 from bidistill.world import device
 from bidistill_kernels import LogitTransform
 
@@ -46,7 +49,7 @@ class TeacherRows:
 
     Args:
         hidden: the rows. Shape (N, H).
-        weight: the teacher's head, shape (V, H); None where it is the student's own, frozen.
+        weight: the teacher's head, shape (V, H); None: the student's own without its adapter.
         bias: the bias of that head, shape (V,).
     """
 
@@ -89,35 +92,54 @@ def backbone(model: nn.Module) -> nn.Module:
 def add_adapter(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     """Freeze ``model`` and add LoRA layers to it; only they train.
 
+    The LM head gets one if `settings.targets` names it. If it is tied to the embedding, the two go
+    on sharing the frozen weight, and the embedding has no part in the change.
+
     Raises:
-        UserError: a target that the model lacks or that is its LM head, or layers out of range.
+        UserError: a target that the model lacks, layers out of range, or contrast for the head.
     """
-    modules = backbone(model).named_modules()
-    leaves = {name.rpartition(".")[2] for name, m in modules if isinstance(m, nn.Linear)}
+    names = _linear_names(model)
     for target in settings.targets:
-        if target not in leaves:
+        if target not in names:
             raise UserError(
-                f"model.adapter.targets: got {target!r}, which names no linear layer below the "
-                f"LM head of this model; expected names such as {_linear_names(model)}"
+                f"model.adapter.targets: got {target!r}, which names no linear layer of this "
+                f"model; expected names such as {', '.join(sorted(names))}"
             )
+    head = _head_name(model)
+    leaf = head.rpartition(".")[2]
+    if leaf in settings.targets and settings.contrast:
+        raise UserError(
+            f"model.adapter.contrast: got it with {leaf} among the targets, expected layers below "
+            "the LM head; leave one of the two out"
+        )
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore
         lora_dropout=settings.dropout,
-        target_modules=list(settings.targets),
+        # peft takes a full name wherever it lies; else a head would be outside of all layers
+        target_modules=[head if target == leaf else target for target in settings.targets],
         layers_to_transform=_layer_range(settings.layers, model.config.num_hidden_layers),
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
         # peft 0.21 asks for a property that transformers 5.23 renames
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        # a tied head: save_merged unties it
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
         return get_peft_model(model, config)  # type: ignore
 
 
-def _linear_names(model: PreTrainedModel) -> str:
-    """The names of the model's linear layers, for a message."""
-    modules = backbone(model).named_modules()
-    return ", ".join(sorted({n.rpartition(".")[2] for n, m in modules if isinstance(m, nn.Linear)}))
+def _head_name(model: PreTrainedModel) -> str:
+    """The full name of the LM head."""
+    head = model.get_output_embeddings()
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+def _linear_names(model: PreTrainedModel) -> set[str]:
+    """The names of the model's linear layers, without what they lie in."""
+    return {
+        name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)
+    }
 
 
 def _layer_range(layers: tuple[int, int] | None, depth: int) -> list[int] | None:
@@ -193,14 +215,14 @@ def _distill_step(
         teacher = TeacherRows(base_rows(self, teacher))
     hidden = hidden_rows(self, student)
     head = self.get_output_embeddings()  # type: ignore
-    return head(hidden, fused=lambda *student_side: loss(*student_side, teacher))
+    return head(hidden, fused=loss, teacher=teacher)
 
 
 @torch.no_grad()
 def base_rows(model: nn.Module, packed: Packed) -> Float[Tensor, "N H"]:
     """Hidden rows of the base model, which knows no adapters and no dropout."""
-    with adapters_off(model):
-        return own_rows(model, packed).hidden
+    with adapters_off(model), _without_dropout(model):
+        return hidden_rows(model, packed)
 
 
 @torch.no_grad()
@@ -210,25 +232,46 @@ def own_rows(model: nn.Module, packed: Packed, *, head: bool = False) -> Teacher
     Args:
         model: its adapters are as they are found.
         packed: what it reads.
-        head: give its head too. Where the model is shared out, that lasts until the ranks put
-            their parts back (``distributed.put_back``).
+        head: give its head too; one with an adapter is given anyway. Where the model is shared
+            out, it lasts until the ranks put their parts back (``distributed.put_back``).
     """
+    output: Any = model.get_output_embeddings()  # type: ignore
+    head = head or isinstance(output, LoraLayer)
+    with _without_dropout(model):
+        hidden = hidden_rows(model, packed)
+        if head:
+            return output(hidden, fused=lambda *rows_and_head: TeacherRows(*rows_and_head[:3]))
+        return TeacherRows(hidden)
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation, and then as it was."""
     training = model.training
     model.eval()
-    hidden = hidden_rows(model, packed)
-    model.train(training)
-    if not head:
-        return TeacherRows(hidden)
-    return model.get_output_embeddings()(hidden, fused=TeacherRows)  # type: ignore
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _head_forward(
-    self: nn.Module, hidden: Tensor, *args: object, fused: Callable | None = None, **kwargs: object
+    self: nn.Module,
+    hidden: Tensor,
+    *args: object,
+    fused: Callable | None = None,
+    teacher: TeacherRows | None = None,
+    **kwargs: object,
 ) -> object:
     """Forward of the LM head: its own, or ``fused`` on the weight as the hooks present it."""
     if fused is None:
         return type(self).forward(self, hidden, *args, **kwargs)
-    return fused(hidden, self.weight, getattr(self, "bias", None))
+    weight, bias = self.weight, getattr(self, "bias", None)  # of the layer below an adapter
+    if teacher is not None and teacher.weight is None:
+        teacher = TeacherRows(teacher.hidden, weight, bias)  # type: ignore
+    if isinstance(self, LoraLayer):
+        hidden, weight = augmented(self, hidden)
+    return fused(hidden, weight, bias, teacher)
 
 
 def read_logit_transform(model: nn.Module) -> LogitTransform:

@@ -6,12 +6,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bidistill import contrastive, teacher_model, teachers
+from bidistill import contrastive, options, teacher_model, teachers
 from bidistill.config import TrainConfig, require_objectives
 from bidistill.data.build import build_store
 from bidistill.data.loader import RoleLoader
 from bidistill.data.records import ROLES, Role
-from bidistill.loading import load_shared, load_tokenizer
+from bidistill.loading import load_shared, load_tokenizer, model_folder
 from bidistill.models import autocast
 from bidistill.objectives import Objectives, needs_teacher
 from bidistill.teacher import contexts_of
@@ -94,5 +94,6 @@ def sampled(config: TrainConfig) -> list[Role]:
 def _check(config: TrainConfig) -> None:
     """Refuse what each part of the recipe allows, but not together."""
     require_objectives(config)
+    options.check(config.model, model_folder(config.model.path))
     teacher_model.check(config)
     Objectives(config.objectives)  # their options, before rows are computed for long

@@ -29,7 +29,6 @@ from bidistill import checkpoint, distributed, export, run_folder
 from bidistill.config import TrainConfig
 from bidistill.data.loader import RoleLoader
 from bidistill.loading import empty_model
-from bidistill.models import unwrapped
 from bidistill.objectives import Objectives
 from bidistill.prepare import Ready, prepare
 from bidistill.progress import say, track
@@ -87,7 +86,8 @@ def _export(config: TrainConfig, ready: Ready, result: Path, world: World) -> No
             stored = ready.model.state_dict()
             made |= {name: b for name, b in ready.model.named_buffers() if name in stored}
             model.load_state_dict(made, strict=False, assign=True)
-            unwrapped(model).tie_weights()
+            if not isinstance(model, PeftModel):  # beside an adapter no tied weight is made
+                model.tie_weights()
     if world.first and isinstance(model, PeftModel):
         export.weaken(model, config.model.adapter.strength)  # type: ignore
         export.save_adapter(model, result)

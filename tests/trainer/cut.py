@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from bidistill import checkpoint, distributed
 from bidistill.config import (
+    LINEAR_LAYERS,
     DataConfig,
     LoraSettings,
     ModelConfig,
@@ -48,7 +49,7 @@ class Case(NamedTuple):
     """How a run is made and cut."""
 
     training: str
-    """"lora", "full", or "full, head frozen"."""
+    """"lora", "lora, head too", "full", or "full, head frozen"."""
     tied: bool = True
     shard: int | None = None
     accumulate: int = 1
@@ -74,7 +75,9 @@ class Outcome(NamedTuple):
 
 
 def config_of(case: Case) -> TrainConfig:
-    adapter = LoraSettings(rank=2) if case.training == "lora" else None
+    targets = (*LINEAR_LAYERS, "lm_head") if case.training.endswith("head too") else LINEAR_LAYERS
+    lora = case.training.startswith("lora")
+    adapter = LoraSettings(rank=2, targets=targets) if lora else None
     return TrainConfig(
         model=ModelConfig(path="", dtype=case.dtype, adapter=adapter),  # type: ignore
         data=DataConfig(train=Path(), per_step=PER_STEP),

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bidistill import distributed, teacher_build, train
-from bidistill.config import LoraSettings, ModelConfig, ParallelConfig
+from bidistill.config import LINEAR_LAYERS, LoraSettings, ModelConfig, ParallelConfig
 from bidistill.data.views import build_examples
 from bidistill.loading import load_base, load_model, load_shared
 from bidistill.models import unwrapped
@@ -26,6 +26,8 @@ from tests.trainer.cut import CONTEXTS, records
 from tests.trainer.ranks import Ranks
 from tests.trainer.test_train import WEIGHTS, full, in_folder
 from tests.trainer.tiny import make_model, make_tokenizer
+
+HEAD_TOO = LoraSettings(rank=2, targets=(*LINEAR_LAYERS, "lm_head"))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,9 @@ def loaded(config, parallel):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("adapter", [None, LoraSettings(rank=2)], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "adapter", [None, LoraSettings(rank=2), HEAD_TOO], ids=["full", "lora", "head too"]
+)
 @pytest.mark.parametrize("tied", [True, False])
 def test_parts_make_the_whole(ranks, tmp_path, tied, adapter, dtype):
     make_model(tied).save_pretrained(tmp_path)
@@ -205,9 +209,23 @@ def without_order(path):
     return {k: sorted(v) if k == "target_modules" else v for k, v in content.items()}
 
 
-@pytest.mark.parametrize("make", [lambda c: c, full], ids=["lora", "full"])
-def test_what_ranks_export_is_what_one_process_does(ranks, config, tmp_path, make):
-    config = replace(make(config), steps=3, threads=1)
+def with_base(config, tied):
+    """The same recipe for a model whose head is tied to the embedding, or is not."""
+    folder = config.output.parent / "base"
+    make_model(tied).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return replace(config, model=replace(config.model, path=str(folder)))
+
+
+def head_too(config):
+    """The same recipe with an adapter on the LM head."""
+    return replace(config, model=replace(config.model, adapter=HEAD_TOO))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("make", [lambda c: c, full, head_too], ids=["lora", "full", "head too"])
+def test_what_ranks_export_is_what_one_process_does(ranks, config, tmp_path, make, tied):
+    config = replace(make(with_base(config, tied)), steps=3, threads=1)
     if config.model.adapter:
         adapter = replace(config.model.adapter, dropout=0.0)
         config = replace(config, model=replace(config.model, adapter=adapter))
@@ -223,10 +241,13 @@ def test_what_ranks_export_is_what_one_process_does(ranks, config, tmp_path, mak
     expected = load_file(alone / WEIGHTS[alone.name])
     found = load_file(result / WEIGHTS[result.name])
     assert found.keys() == expected.keys()
+    assert (make is head_too) == any("lm_head.lora_" in name for name in found)
+    before = load_file(Path(config.model.path) / WEIGHTS["model"])
     # a sign that rounding turns is a whole step of AdamW
     most = 2.1 * config.steps * config.optim.lr
     for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype
         assert (found[name] - tensor).abs().max() <= most, name
-        assert (found[name] - tensor).norm() <= 0.1 * tensor.norm() + 1e-6, name
+        change = tensor - before.get(name, 0)
+        assert (found[name] - tensor).norm() <= 0.1 * change.norm() + 1e-6, name
     shutil.rmtree(tmp_path / "two")

@@ -44,6 +44,7 @@ KINDS = ["lora", "full, tied", "full, untied"]
 def examples(records, tokenizer) -> list[Example]:
     return build_examples(records, tokenizer, CONTEXTS)
 
+
 MADE_OF = {"made": "by a test"}
 
 
