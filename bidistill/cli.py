@@ -13,6 +13,7 @@ import bidistill
 from bidistill.errors import UserError
 
 INTERRUPTED = 130  # what shells use for a process ended by Ctrl-C
+NOT_ENOUGH = 1  # a plan does not fit
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -76,6 +77,55 @@ def train(recipe: Path, overrides: Sequence[str], resume: bool) -> None:
     from bidistill.train import main
 
     main(config, resume=resume)
+
+
+@cli.command()
+@click.argument("recipe", type=FILE)
+@OVERRIDES
+@click.option(
+    "--world", type=click.IntRange(min=1), default=1, show_default=True, help="Ranks of the run."
+)
+@click.option(
+    "--gpu-mem",
+    "memory_gib",
+    type=click.FloatRange(min=0, min_open=True),
+    required=True,
+    help="Memory of the device of each rank, GiB.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["cuda", "cpu"]),
+    default="cuda",
+    show_default=True,
+    help="What the run is planned for; it need not be here.",
+)
+@click.option("--json", "in_json", is_flag=True, help="Print JSON, bytes, instead of a table.")
+def plan(
+    recipe: Path,
+    overrides: Sequence[str],
+    world: int,
+    memory_gib: float,
+    device: str,
+    in_json: bool,
+) -> int:
+    """Say what memory a run takes.
+
+    Prints what each rank holds, before any weight is loaded, and chooses the largest parts of a
+    step (parallel.accumulate) and the largest chunk of the losses (parallel.chunk_bytes) that fit.
+    If nothing fits it says what else to change, and exits with code 1. Nothing but the
+    config.json and the tokenizer of the model is read.
+
+    \b
+    Example:
+      bidistill plan recipe.yaml --world 8 --gpu-mem 80
+    """
+    from bidistill.config import load_config
+
+    config = load_config(recipe, overrides)
+    from bidistill.plan import main
+
+    fits = main(config, ranks=world, memory_gib=memory_gib, target=device, in_json=in_json)
+    return 0 if fits else NOT_ENOUGH
 
 
 @cli.command("eval")
@@ -285,13 +335,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words after ``bidistill``; those of the process if None.
 
     Returns:
-        Exit code: 0, 2 for a mistake of the user, 130 after Ctrl-C.
+        Exit code: 0, 1 if a plan does not fit, 2 for a mistake of the user, 130 after Ctrl-C.
     """
     if arguments is None:
         arguments = sys.argv[1:]
     try:
         # not standalone: click would exit by itself, with messages of another form than ours
-        cli.main(arguments or ["--help"], prog_name="bidistill", standalone_mode=False)
+        code = cli.main(arguments or ["--help"], prog_name="bidistill", standalone_mode=False)
     except UserError as error:
         return _complain(str(error))
     except click.UsageError as error:
@@ -300,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.Abort:  # what click makes of Ctrl-C
         click.echo("interrupted", err=True)
         return INTERRUPTED
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def _complain(message: str) -> int:

@@ -184,6 +184,8 @@ class ParallelConfig:
     """Keep each rank's part of the weights, gradients and optimiser in the memory of the host."""
     recompute: bool = False
     """Keep the inputs of the blocks alone and run each block again in the backward."""
+    chunk_bytes: AtLeastOne | None = None
+    """Logits that the losses hold at a time; ``null``: what their back-end works best with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

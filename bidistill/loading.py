@@ -144,7 +144,7 @@ def empty_model(config: ModelConfig, *, frozen: bool = False) -> PreTrainedModel
     Raises:
         UserError: as in :func:`load_model`, but that weights are not looked for.
     """
-    folder = _weights_folder(config.path)
+    folder = model_folder(config.path)
     with _readable(config.path), init_empty_weights(include_buffers=False):
         settings = AutoConfig.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_config(

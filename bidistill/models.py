@@ -236,7 +236,7 @@ def own_rows(model: nn.Module, packed: Packed, *, head: bool = False) -> Teacher
             out, it lasts until the ranks put their parts back (``distributed.put_back``).
     """
     output: Any = model.get_output_embeddings()  # type: ignore
-    head = head or isinstance(output, LoraLayer)
+    head |= isinstance(output, LoraLayer)
     with _without_dropout(model):
         hidden = hidden_rows(model, packed)
         if head:

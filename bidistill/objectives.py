@@ -73,6 +73,7 @@ class Objectives:
         apart: roles whose losses are wanted one by one: those of every step, or none. Each then
             has a fused call of its own, which reads the LM head once more.
         teacher_transform: what the teacher does to the output of its; None: the same.
+        chunk_bytes: of logits that a call holds at a time; None leaves it to the kernels.
 
     Raises:
         UserError: an option that the loss does not have.
@@ -84,12 +85,13 @@ class Objectives:
         transform: LogitTransform | None = None,
         apart: Collection[Role] = (),
         teacher_transform: LogitTransform | None = None,
+        chunk_bytes: int | None = None,
     ) -> None:
         """Check the options and group the roles."""
         self.configs = dict(configs)
         self.transform = transform or LogitTransform()
         self.teacher_transform = teacher_transform or self.transform
-        self.apart = frozenset(apart)
+        self.apart, self.chunk_bytes = frozenset(apart), chunk_bytes
         self.terms = _group(configs, self.apart)
 
     def for_step(self, examples: Sequence[Example], student: Packed) -> "StepLoss":
@@ -186,6 +188,7 @@ class StepLoss:
             token_weight=weight_R[self.role[rows]].to(hidden.device),
             reduction="sum",
             return_stats=True,
+            chunk_bytes=self.objectives.chunk_bytes,
             **keywords,
             **term.options,
         )

@@ -72,7 +72,7 @@ def prepare(config: TrainConfig, world: World) -> Ready:
         teacher = teachers.frozen(config, examples, world)
     model = load_shared(config.model, parallel, world, config.seed)
     own, theirs = teacher_model.transforms(config, tokenizer, model)
-    objectives = Objectives(config.objectives, own, apart, theirs)
+    objectives = Objectives(config.objectives, own, apart, theirs, parallel.chunk_bytes)
     adapter = config.model.adapter
     with autocast(config.model, model):
         if adapter and adapter.contrast:

@@ -13,7 +13,7 @@ What each costs and when to take which stands in ``docs/teachers.md``.
 """
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -224,7 +224,7 @@ def frozen(config: TrainConfig, examples: TokenStore, world: World) -> Teacher:
     return kept
 
 
-def of_student(config: TrainConfig, model: nn.Module, examples: TokenStore) -> Teacher:
+def of_student(config: TrainConfig, model: nn.Module, examples: Iterable[Example]) -> Teacher:
     """A teacher by the student's own weights, which is untrained and shared out already.
 
     Args:
@@ -242,6 +242,6 @@ def of_student(config: TrainConfig, model: nn.Module, examples: TokenStore) -> T
     return Kept(HiddenCache(model, used(examples, config)))
 
 
-def used(examples: TokenStore, config: TrainConfig) -> list[Example]:
+def used(examples: Iterable[Example], config: TrainConfig) -> list[Example]:
     """The examples of the roles that are trained."""
     return [example for example in examples if config.data.per_step.get(example.role)]

@@ -21,6 +21,7 @@ from bidistill.config import LINEAR_LAYERS, LoraSettings, ModelConfig, ParallelC
 from bidistill.data.views import build_examples
 from bidistill.loading import load_base, load_model, load_shared
 from bidistill.models import unwrapped
+from bidistill.prepare import prepare
 from bidistill.world import join
 from tests.trainer.cut import CONTEXTS, records
 from tests.trainer.ranks import Ranks
@@ -196,6 +197,23 @@ def test_a_shared_model_fills_the_same_store(ranks, tmp_path, monkeypatch):
     for name in names:
         one, two = ((tmp_path / which / name).read_bytes() for which in ("one", "two"))
         assert one == two, name
+
+
+def kinds_before_training(config):
+    """What the parameters are that the optimiser is given."""
+    model = prepare(config, join()).model
+    return {name: isinstance(p, DTensor) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_that_trains_is_shared_out_before_the_first_step(ranks, config, tmp_path, tied):
+    """A head of its own is a unit of its own, which the check of the logits leaves whole."""
+    make_model(tied).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    config = full(replace(config, threads=1))
+    config = replace(config, model=replace(config.model, path=str(tmp_path / "model")))
+    for shared in ranks.run(kinds_before_training, config):
+        assert [name for name, is_shared in shared.items() if not is_shared] == []
 
 
 def result_of(config):
