@@ -13,7 +13,8 @@ the mean square of an entry of x_k. With C = E[x_k x_k^T] + ridge s^2 I = L L^T 
 ``B`` trains, from zero. Rank-one model editing (ROME, arXiv:2202.05262) updates along C^-1 x_f
 under the same constraint; this is its form for a whole subspace, with any loss on top.
 
-Cost: one forward over the examples, and per layer input of width D a Cholesky factor of (D, D).
+Cost: one forward over the examples, and per layer input of width D a moment and a Cholesky factor
+of (D, D), which ranks that train together share: each looks at every so manieth layer.
 
 Legend: F forget tokens, D width of a layer's input, R rank.
 """
@@ -36,40 +37,54 @@ from bidistill.distributed import put, put_back
 from bidistill.errors import UserError
 from bidistill.models import base_rows
 from bidistill.progress import track
+from bidistill.world import World
 
 EXAMPLES_PER_PACK = 32
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, examples: Sequence[Example], settings: LoraSettings) -> None:
+def initialise(
+    model: nn.Module,
+    examples: Sequence[Example],
+    settings: LoraSettings,
+    world: World | None = None,
+) -> None:
     """Choose and freeze the input directions of every adapter of ``model``.
 
     Args:
-        model: with fresh LoRA layers, whose B is zero. Where it is shared out, all ranks call it,
-            and what the first one finds counts: each rounds by itself.
+        model: with fresh LoRA layers, whose B is zero.
         examples: all training examples. Those of forget and adversarial records are the forget
             set, of which the questions and prefills count and the refusals do not; all others,
             with their answers, are what must stay.
         settings: with ``contrast``.
+        world: the ranks that share out the model, all of which call it; None: this process alone.
 
     Raises:
         UserError: one of the two sides has no example, or the forget set fewer tokens than the
             rank.
     """
     assert settings.contrast is not None
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
-    inputs, moments = _measure(model, layers, *_sides(examples))  # type: ignore
-    for name, layer in track(layers.items(), len(layers), "directions"):
+    world = world or World()
+    forget, keep = _sides(examples)
+    count = sum(len(_own_tokens(packed)) for packed in forget)
+    if count < settings.rank:
+        raise UserError(
+            f"model.adapter.rank: got {settings.rank}, expected at most {count}, the "
+            "number of tokens of the forget set; lower the rank"
+        )
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+    own = dict(layers[world.rank :: world.size])
+    inputs, moments = _measure(model, own, forget, keep)  # type: ignore
+    chosen: dict[str, Tensor] = {}
+    for name in track(own, len(own), "directions"):
         x_FD = torch.cat(inputs.pop(name))
-        if len(x_FD) < settings.rank:
-            raise UserError(
-                f"model.adapter.rank: got {settings.rank}, expected at most {len(x_FD)}, the "
-                "number of tokens of the forget set; lower the rank"
-            )
         a_RD = directions(x_FD, moments.pop(name), settings.rank, settings.contrast.ridge)
         rms = (x_FD @ a_RD.T.to(x_FD)).square().sum(1).mean().sqrt()
-        for linear in layer.lora_A.values():
-            put(linear.weight, a_RD * (settings.contrast.input_rms / rms))  # type: ignore
+        chosen[name] = a_RD * (settings.contrast.input_rms / rms)
+    for index, (name, layer) in enumerate(layers):
+        a_RD = world.share(chosen.get(name), index % world.size)
+        for linear in layer.lora_A.values():  # type: ignore
+            put(linear.weight, a_RD)  # type: ignore
     freeze(model)
     put_back(model)
 

@@ -76,7 +76,7 @@ def prepare(config: TrainConfig, world: World) -> Ready:
     adapter = config.model.adapter
     with autocast(config.model, model):
         if adapter and adapter.contrast:
-            contrastive.initialise(model, teachers.used(examples, config), adapter)
+            contrastive.initialise(model, teachers.used(examples, config), adapter, world)
         if teacher is None and config.teacher.cache == "disk":
             teacher = Kept(rows_on_disk(config, lambda: model, examples, world))
         if teacher is None:

@@ -69,12 +69,12 @@ class World:
             if self.first:
                 self.barrier()
 
-    def share(self, item: Item) -> Item:
-        """What the first rank has, on all; anything that pickle takes."""
+    def share(self, item: Item | None, source: int = 0) -> Item:
+        """What one rank has, the first or another, on all; anything that pickle takes."""
         items = [item]
         if self.size > 1:
-            dist.broadcast_object_list(items, src=0)
-        return items[0]
+            dist.broadcast_object_list(items, src=source)
+        return items[0]  # type: ignore - the source has one
 
     def gather(self, item: Item) -> list[Item]:
         """What every rank has, by rank, on all; anything that pickle takes."""
