@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from bidistill import checkpoint, distributed
+from bidistill.checkpoint_writer import Writer
 from bidistill.config import (
     LINEAR_LAYERS,
     DataConfig,
@@ -200,12 +201,13 @@ def with_an_idle_rank(case: Case, alone: bool = False) -> Outcome:
     return outcome(model, log)
 
 
-def saved(case: Case, folder: Path) -> dict[str, Tensor]:
+def saved(case: Case, folder: Path, background: bool = False) -> dict[str, Tensor]:
     """Train with AdamW, save a checkpoint; returns weights, moments and what comes next."""
     world = join()
     model = model_of(case, world)
     optimizer = _adam_steps(case, model, world, range(2))
-    checkpoint.save(folder, model, optimizer, {"step": 2}, 1, world)
+    with Writer(folder, 1, world, background=background) as writer:
+        writer.save(model, optimizer, {"step": 2})
     return _state(case, model, optimizer, world)
 
 
