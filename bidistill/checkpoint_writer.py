@@ -8,7 +8,7 @@
                         thread: write                     steps between two checkpoints
 
 The thread writes from a copy, as training changes weights, moments and averages in place, and its
-ranks talk over a group of their own. Both ways write the same bytes.
+ranks talk over a group of their own. Both ways write the same.
 """
 
 from collections.abc import Mapping
