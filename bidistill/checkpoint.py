@@ -63,59 +63,107 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save(
-    folder: Path,
+def tensors(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    world: World,
+    teacher: Mapping[str, Tensor] = MappingProxyType({}),
+) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by their names in it, as they are: not copies.
+
+    Args:
+        model: its parameters that are `made` are saved.
+        optimizer: over exactly those that train.
+        world: the ranks of the run.
+        teacher: tensors of a teacher that changes with the run, by name.
+    """
+    return {
+        **{f"weights/{name}": p.detach() for name, p in made(model).items()},
+        **_moments(trainable(model), optimizer),
+        **_of_teacher(teacher),
+        **{f"random/{world.rank}/{name}": t for name, t in _random_states().items()},
+    }
+
+
+def write(
+    folder: Path,
+    tensors: dict[str, Tensor],
     state: Mapping[str, Any],
     keep: int,
-    world: World | None = None,
-    teacher: Mapping[str, Tensor] = MappingProxyType({}),
+    world: World,
+    protect: Path | None = None,
 ) -> Path:
     """Write a checkpoint and delete all but the latest ``keep``; all ranks together.
 
     Args:
         folder: where the checkpoints of a run lie.
-        model: its parameters that are `made` are saved.
-        optimizer: over exactly those that train.
+        tensors: what :func:`tensors` gave, or a copy of it.
         state: what else resuming needs, as JSON; has ``step``, the number of steps done.
         keep: checkpoints that stay, this one included.
-        world: the ranks of the run; None: this process alone.
-        teacher: tensors of a teacher that changes with the run, by name.
+        world: the ranks of the run.
+        protect: a checkpoint that stays beside those.
 
     Returns:
         The folder of the new checkpoint.
+
+    Raises:
+        UserError: some rank could not write; raised on all of them, and nothing is left behind.
     """
-    world = world or World()
-    path = folder / f"step-{state['step']:06d}"
+    path = at(folder, state["step"])
     if path.exists():  # complete, as only complete ones carry the name; the run came here before
         return path
     temporary = folder / f".{path.name}.tmp"  # a name that all ranks know
-    if world.first:
-        for left in folder.glob(TEMPORARY):  # by a run that was killed
-            shutil.rmtree(left)
-        temporary.mkdir(parents=True)
-    world.barrier()
-    if world.any(not temporary.is_dir()):
-        raise UserError(
-            f"output: got {folder.parent}, which not all ranks share, expected one disk for all; "
-            "choose another output"
-        )
-    tensors = {f"weights/{name}": p.detach() for name, p in made(model).items()}
-    tensors |= _moments(trainable(model), optimizer)
-    tensors |= _of_teacher(teacher)
-    tensors |= {f"random/{world.rank}/{name}": t for name, t in _random_states().items()}
-    with _quiet():
-        writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        save_tensors(tensors, storage_writer=writer, no_dist=world.size == 1)
-    world.barrier()
-    if world.first:
-        write_json(temporary / STATE, {**state, "files": _sizes(temporary)})
-        temporary.rename(path)
-        for old in sorted(folder.glob(PATTERN))[:-keep]:
-            shutil.rmtree(old.rename(folder / f".{old.name}.tmp"))  # never half of one by its name
-    world.barrier()
+    try:
+        with _together(world, path):
+            if world.first:
+                temporary.mkdir(parents=True)
+        with _together(world, path):
+            writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+            alone = world.size == 1
+            save_tensors(tensors, storage_writer=writer, no_dist=alone, process_group=world.group)
+        with _together(world, path):
+            if world.first:
+                write_json(temporary / STATE, {**state, "files": _sizes(temporary)})
+                temporary.rename(path)
+                _prune(folder, keep, protect)
+    except UserError:
+        if world.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return path
+
+
+def at(folder: Path, step: int) -> Path:
+    """Where the checkpoint after so many steps lies, if there is one."""
+    return folder / f"step-{step:06d}"
+
+
+def clear(folder: Path) -> None:
+    """Delete what a killed run has left half written, or half deleted."""
+    for left in folder.glob(TEMPORARY):
+        shutil.rmtree(left)
+
+
+def _prune(folder: Path, keep: int, protect: Path | None) -> None:
+    """Delete all but the latest ``keep`` checkpoints and the one to ``protect``."""
+    for old in sorted(folder.glob(PATTERN))[:-keep]:
+        if old != protect:
+            shutil.rmtree(old.rename(folder / f".{old.name}.tmp"))  # never half of one by its name
+
+
+@contextmanager
+def _together(world: World, path: Path) -> Iterator[None]:
+    """Wait for all ranks at the end of a block; if it fails on one of them, it fails on all."""
+    problem = ""
+    try:
+        yield
+    except (Exception, CheckpointException) as error:
+        problem = " ".join(f"{type(error).__name__}: {error}".split())[-300:]
+    if problems := [found for found in world.gather(problem) if found]:
+        raise UserError(
+            f"{path}: cannot be written ({problems[0]}); make room or mend the disk, then go on "
+            "with --resume"
+        )
 
 
 def latest(folder: Path) -> Path | None:
@@ -136,7 +184,7 @@ def load(
     for bit; with others, up to rounding, and generators that a rank lacks stay as seeded.
 
     Returns:
-        The ``state`` that :func:`save` was given.
+        The ``state`` that :func:`write` was given.
 
     Raises:
         UserError: the checkpoint is damaged or holds other parameters than the model trains.
@@ -164,7 +212,7 @@ def load(
     }
     own = f"random/{world.rank}/"
     random = {f"{own}{name}": t for name, t in _random_states().items() if f"{own}{name}" in known}
-    with _readable(path), _quiet():
+    with _readable(path), quiet():
         wanted = {**weights, **moments, **_of_teacher(teacher), **random}
         load_tensors(wanted, storage_reader=reader, no_dist=world.size == 1)
     _restore_moments(parameters, optimizer, moments)
@@ -185,11 +233,14 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out what PyTorch says of one process that saves alone, and of its own internals."""
+def quiet() -> Iterator[None]:
+    """Leave out what PyTorch says of one process that saves alone, and of its own internals.
+
+    Enter it from the main thread: filters of warnings belong to all threads.
+    """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed")
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+        for category in (UserWarning, FutureWarning):
+            warnings.filterwarnings("ignore", category=category, module=r"torch\.distributed")
         yield
 
 

@@ -209,6 +209,9 @@ class TrainConfig:
     """Steps between checkpoints."""
     keep_checkpoints: AtLeastOne = 2
     """Older checkpoints are deleted."""
+    async_checkpoints: bool = False
+    """Write checkpoints while training goes on, from a copy in the memory of the host; see
+    ``docs/checkpoints.md``."""
     output: Path
     """Folder for checkpoints, logs and the trained model."""
     threads: AtLeastOne | None = None

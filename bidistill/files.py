@@ -37,7 +37,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     _require_folder(path.parent)
-    temporary = path.with_name(f".{path.stem[:STEM]}.{secrets.token_hex(4)}.tmp{path.suffix}")
+    start, end = _around_token(path)
+    temporary = path.with_name(f"{start}{secrets.token_hex(4)}{end}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -46,6 +47,22 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def remove_temporary(path: Path) -> None:
+    """Delete what killed processes have left of :func:`atomic_path`; none may be at it now."""
+    start, end = _around_token(path)
+    for left in path.parent.iterdir():
+        if left.name.startswith(start) and left.name.endswith(end):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+
+
+def _around_token(path: Path) -> tuple[str, str]:
+    """How the temporary names of ``path`` begin and end."""
+    return f".{path.stem[:STEM]}.", f".tmp{path.suffix}"
 
 
 def write_text(path: Path | str, text: str) -> None:

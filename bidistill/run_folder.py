@@ -1,23 +1,26 @@
 """The folder of a run: whose it is, and its log.
 
 ``run.json`` says what the run is made of; a run is resumed with exactly that, or not at all.
-``train_log.jsonl`` has one line per step.
+``train_log.jsonl`` has one line per step. ``cost.json`` says what the run took (see ``cost.py``).
 """
 
 import json
 import math
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from bidistill import about, settings
 from bidistill.config import TrainConfig, as_dict
+from bidistill.cost import COST
 from bidistill.errors import UserError
-from bidistill.files import atomic_path, write_json
+from bidistill.files import atomic_path, remove_temporary, write_json
+from bidistill.world import World
 
 RUN = "run.json"
 LOG = "train_log.jsonl"
-RESULTS = ("adapter", "model", "checkpoints", LOG)
+RESULTS = ("adapter", "model", "checkpoints", LOG, COST)
 """What a run makes beside RUN; found without it, they are somebody else's."""
 
 
@@ -54,12 +57,46 @@ def check(config: TrainConfig, resume: bool) -> None:
         )
 
 
-def begin(config: TrainConfig) -> None:
-    """Write what the run is made of, unless it has begun before."""
+def begin(config: TrainConfig, world: World) -> None:
+    """Write what the run is made of, unless it has begun before; all ranks together.
+
+    What a killed run has left half written is deleted.
+
+    Raises:
+        UserError: some rank does not see what the first one writes there.
+    """
     path = config.output / RUN
-    if not path.exists():
-        record = {"config": as_dict(config), "versions": about.versions(), "commit": about.commit()}
-        write_json(path, record)
+    if world.first:
+        if not path.exists():
+            versions = {"versions": about.versions(), "commit": about.commit()}
+            write_json(path, {"config": as_dict(config)} | versions)
+        for name in (RUN, *RESULTS):
+            remove_temporary(config.output / name)
+    require_shared(config.output, world)
+
+
+def require_shared(folder: Path, world: World) -> None:
+    """Refuse a folder that is not the same one for all ranks.
+
+    Args:
+        folder: exists for the first rank.
+        world: the ranks of the run; all must call it.
+    """
+    if world.size == 1:
+        return
+    # a name that no rank has looked for: a network disk may remember that a file was missing
+    probe = folder / world.share(f".shared-{secrets.token_hex(4)}")
+    if world.first:
+        probe.touch()
+    world.barrier()
+    missing = world.any(not probe.exists())
+    if world.first:
+        probe.unlink()
+    if missing:
+        raise UserError(
+            f"output: got {folder}, which not all ranks share, expected one disk for all; "
+            "choose another output"
+        )
 
 
 @contextmanager

@@ -5,6 +5,7 @@
     output/
         run.json           resolved configuration, versions, commit
         train_log.jsonl    a line per step
+        cost.json          time and memory that training took
         checkpoints/       the latest ones (see checkpoint.py)
         adapter/ or model/ the result
 
@@ -14,18 +15,21 @@ checkpoint: a resumed run ends with the same bits.
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
 
-from bidistill import checkpoint, distributed, export, run_folder
+from bidistill import checkpoint, circumstances, cost, distributed, export, run_folder
+from bidistill.checkpoint_writer import Writer
 from bidistill.config import TrainConfig
 from bidistill.data.loader import RoleLoader
 from bidistill.loading import empty_model
@@ -64,9 +68,9 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
         return result
     ready = prepare(config, world)
     world.barrier()  # all have looked at the output folder, and nobody has written
-    if world.first:
-        run_folder.begin(config)  # nothing was written so far, and little can fail from here on
-    train(config, ready.model, ready.loader, ready.objectives, ready.teacher, world)
+    run_folder.begin(config, world)  # nothing was written so far, and little can fail from here on
+    done = train(config, ready.model, ready.loader, ready.objectives, ready.teacher, world)
+    cost.write(config.output, done.step, done.seconds, done.tokens, world)
     _export(config, ready, result, world)
     say(f"wrote {result}")
     return result
@@ -104,6 +108,15 @@ class Progress:
     """Steps done."""
     skipped: int = 0
     """Steps whose loss or gradient was not finite."""
+    tokens: int = 0
+    """That the student read, on all ranks."""
+    seconds: float = 0.0
+    """That these steps took."""
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "Progress":
+        """As a checkpoint has it; one from before a field was there lacks it."""
+        return cls(**{f.name: state[f.name] for f in fields(cls) if f.name in state})
 
 
 def train(
@@ -113,7 +126,7 @@ def train(
     objectives: Objectives,
     teacher: Teacher,
     world: World | None = None,
-) -> None:
+) -> Progress:
     """Run the remaining steps, from the latest checkpoint if there is one.
 
     Args:
@@ -124,6 +137,9 @@ def train(
         teacher: gives the rows that the losses compare with.
         world: the ranks that train together; None: this process alone.
 
+    Returns:
+        How far the run came, over all of its starts.
+
     Raises:
         SystemExit: interrupted; the checkpoint of the last whole step is written.
     """
@@ -131,41 +147,40 @@ def train(
     parameters = list(checkpoint.trainable(model).values())
     optimizer = make_optimizer(parameters, config.optim)
     folder = config.output / CHECKPOINTS
-    done = Progress()
+    done, here = Progress(), circumstances.now(config.parallel, world)
     if (path := checkpoint.latest(folder)) is not None:
         state = checkpoint.load(path, model, optimizer, world, teacher.tensors())
-        done = Progress(state["step"], state["skipped"])
+        done = Progress.of(state)
         loader.load_state(state["loader"])
         say(f"resuming after step {done.step}")
+        circumstances.tell_changes(state.get("circumstances"), here)
+    start = time.perf_counter() - done.seconds
     model.train()
     batches = islice(loader, config.steps - done.step)
     log = run_folder.log(config.output, done.step) if world.first else nullcontext(lambda _: None)
-    with log as write, _interrupt() as interrupted:
+    writer = Writer(folder, config.keep_checkpoints, world, background=config.async_checkpoints)
+    with writer, log as write, _interrupt() as interrupted:
         for batch, loader_state in track(batches, config.steps - done.step, "train"):
             entry = train_step(
                 config, model, optimizer, objectives, teacher, batch, done.step, world
             )
             done.step += 1
             done.skipped += entry["skipped"]
+            done.tokens += entry["tokens"]
+            done.seconds = time.perf_counter() - start
             write(entry)
             stop = world.any(interrupted())
             if stop or done.step % config.checkpoint_every == 0:
-                state = {"step": done.step, "skipped": done.skipped, "loader": loader_state}
-                checkpoint.save(
-                    folder,
-                    model,
-                    optimizer,
-                    state,
-                    config.keep_checkpoints,
-                    world,
-                    teacher.tensors(),
-                )
+                state = {**asdict(done), "loader": loader_state, "circumstances": here}
+                writer.save(model, optimizer, state, teacher.tensors())
             if stop:
+                writer.finish()
                 say(f"stopped after step {done.step} of {config.steps}; go on with --resume")
                 raise SystemExit(STOPPED)
     model.eval()
     if done.skipped:
         say(f"{done.skipped} of {config.steps} steps were skipped: loss or gradient not finite")
+    return done
 
 
 @contextmanager

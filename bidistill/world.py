@@ -8,7 +8,7 @@ import atexit
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar
 
@@ -29,6 +29,18 @@ class World:
 
     rank: int = 0
     size: int = 1
+    group: dist.ProcessGroup | None = None
+    """Over which they talk; None: that of the process."""
+
+    def alongside(self) -> "World":
+        """The same ranks over a group of their own on CPUs, for a thread beside the one that asks.
+
+        What ranks send each other must come in the same order on all of them, and two threads of a
+        process have none. All ranks must ask together.
+        """
+        if self.size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=PATIENCE))
 
     @property
     def first(self) -> bool:
@@ -47,8 +59,8 @@ class World:
         given = torch.as_tensor(numbers, dtype=torch.float64)
         if self.size == 1:
             return given.cpu()
-        total = given.to(device(), copy=True)
-        dist.all_reduce(total)
+        total = given.to("cpu" if self.group else device(), copy=True)
+        dist.all_reduce(total, group=self.group)
         return total.cpu()
 
     def any(self, here: bool) -> bool:
@@ -73,20 +85,20 @@ class World:
         """What one rank has, the first or another, on all; anything that pickle takes."""
         items = [item]
         if self.size > 1:
-            dist.broadcast_object_list(items, src=source)
+            dist.broadcast_object_list(items, src=source, group=self.group)
         return items[0]  # type: ignore - the source has one
 
     def gather(self, item: Item) -> list[Item]:
         """What every rank has, by rank, on all; anything that pickle takes."""
         items = [item] * self.size
         if self.size > 1:
-            dist.all_gather_object(items, item)
+            dist.all_gather_object(items, item, group=self.group)
         return items
 
     def barrier(self) -> None:
         """Wait for all."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
 
 
 def device() -> torch.device:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from bidistill import checkpoint, distributed
+from bidistill import checkpoint, distributed, run_folder
+from bidistill.checkpoint_writer import Writer
 from bidistill.config import (
     LINEAR_LAYERS,
     DataConfig,
@@ -24,6 +25,7 @@ from bidistill.config import (
 from bidistill.data.loader import Batch, RoleLoader
 from bidistill.data.records import Record, Role
 from bidistill.data.views import Message, build_examples
+from bidistill.errors import UserError
 from bidistill.models import add_adapter, attach_distill_step
 from bidistill.objectives import Objectives
 from bidistill.teacher import HiddenCache
@@ -200,13 +202,42 @@ def with_an_idle_rank(case: Case, alone: bool = False) -> Outcome:
     return outcome(model, log)
 
 
-def saved(case: Case, folder: Path) -> dict[str, Tensor]:
+def saved(case: Case, folder: Path, background: bool = False) -> dict[str, Tensor]:
     """Train with AdamW, save a checkpoint; returns weights, moments and what comes next."""
     world = join()
     model = model_of(case, world)
     optimizer = _adam_steps(case, model, world, range(2))
-    checkpoint.save(folder, model, optimizer, {"step": 2}, 1, world)
+    with Writer(folder, 1, world, background=background) as writer:
+        writer.save(model, optimizer, {"step": 2})
     return _state(case, model, optimizer, world)
+
+
+def failing(case: Case, folder: Path, rank: int, background: bool) -> str:
+    """Two checkpoints, on a disk that is full for one rank; returns what this one is told."""
+    world = join()
+    model = model_of(case, world)
+    optimizer = make_optimizer(list(checkpoint.trainable(model).values()), OptimConfig())
+    write_data = checkpoint.HuggingFaceStorageWriter.write_data
+
+    def full(*arguments: Any) -> None:
+        raise OSError("No space left on device")
+
+    if world.rank == rank:
+        checkpoint.HuggingFaceStorageWriter.write_data = full
+    try:
+        with Writer(folder, 2, world, background=background) as writer:
+            for step in (1, 2):
+                writer.save(model, optimizer, {"step": step})
+    except UserError as error:
+        return str(error)
+    finally:
+        checkpoint.HuggingFaceStorageWriter.write_data = write_data
+    return ""
+
+
+def shares_a_disk(folder: Path) -> None:
+    """All ranks see what the first one writes."""
+    run_folder.require_shared(folder, join())
 
 
 def restored(case: Case, folder: Path, alone: bool = False) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from bidistill import checkpoint, distributed
+from bidistill.checkpoint_writer import Writer
 from bidistill.data.loader import Batch, RoleLoader
 from bidistill.data.views import build_examples
 from bidistill.models import TeacherRows, attach_distill_step, autocast
@@ -104,12 +105,13 @@ def rows_of_averages(case: Case, alone: bool = False) -> list[dict[str, Tensor]]
     ]
 
 
-def saved(case: Case, folder: Path) -> dict[str, Tensor]:
+def saved(case: Case, folder: Path, background: bool = False) -> dict[str, Tensor]:
     """Two steps by a moving average and a checkpoint; what is then, and after one more step."""
     world = join()
     model, teacher, optimizer = _parts(case, world)
     _steps(case, model, teacher, optimizer, world, range(2))
-    checkpoint.save(folder, model, optimizer, {"step": 2}, 1, world, teacher.tensors())
+    with Writer(folder, 1, world, background=background) as writer:
+        writer.save(model, optimizer, {"step": 2}, teacher.tensors())
     return _state(case, model, teacher, optimizer, world)
 
 
