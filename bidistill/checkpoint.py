@@ -71,6 +71,7 @@ def save(
     keep: int,
     world: World | None = None,
     teacher: Mapping[str, Tensor] = MappingProxyType({}),
+    protect: int | None = None,
 ) -> Path:
     """Write a checkpoint and delete all but the latest ``keep``; all ranks together.
 
@@ -82,12 +83,13 @@ def save(
         keep: checkpoints that stay, this one included.
         world: the ranks of the run; None: this process alone.
         teacher: tensors of a teacher that changes with the run, by name.
+        protect: step whose checkpoint stays, however old it is.
 
     Returns:
         The folder of the new checkpoint.
     """
     world = world or World()
-    path = folder / f"step-{state['step']:06d}"
+    path = of_step(folder, state["step"])
     if path.exists():  # complete, as only complete ones carry the name; the run came here before
         return path
     temporary = folder / f".{path.name}.tmp"  # a name that all ranks know
@@ -112,10 +114,18 @@ def save(
     if world.first:
         write_json(temporary / STATE, {**state, "files": _sizes(temporary)})
         temporary.rename(path)
+        protected = None if protect is None else of_step(folder, protect)
         for old in sorted(folder.glob(PATTERN))[:-keep]:
+            if old == protected:
+                continue
             shutil.rmtree(old.rename(folder / f".{old.name}.tmp"))  # never half of one by its name
     world.barrier()
     return path
+
+
+def of_step(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:06d}"
 
 
 def latest(folder: Path) -> Path | None:

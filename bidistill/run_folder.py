@@ -1,7 +1,7 @@
 """The folder of a run: whose it is, and its log.
 
 ``run.json`` says what the run is made of; a run is resumed with exactly that, or not at all.
-``train_log.jsonl`` has one line per step.
+``train_log.jsonl`` has one line per step; ``guard.json`` what a guard measured (see guards.py).
 """
 
 import json
@@ -17,7 +17,8 @@ from bidistill.files import atomic_path, write_json
 
 RUN = "run.json"
 LOG = "train_log.jsonl"
-RESULTS = ("adapter", "model", "checkpoints", LOG)
+GUARD = "guard.json"
+RESULTS = ("adapter", "model", "checkpoints", LOG, GUARD)
 """What a run makes beside RUN; found without it, they are somebody else's."""
 
 

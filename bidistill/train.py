@@ -6,6 +6,7 @@
         run.json           resolved configuration, versions, commit
         train_log.jsonl    a line per step
         checkpoints/       the latest ones (see checkpoint.py)
+        guard.json         what the guard measured, if there is one (see guards.py)
         adapter/ or model/ the result
 
 Whatever a step needs is a function of the configuration and the step number, or lies in the
@@ -28,6 +29,7 @@ from torch import nn
 from bidistill import checkpoint, distributed, export, run_folder
 from bidistill.config import TrainConfig
 from bidistill.data.loader import RoleLoader
+from bidistill.guards import Guard
 from bidistill.loading import empty_model
 from bidistill.objectives import Objectives
 from bidistill.prepare import Ready, prepare
@@ -53,7 +55,8 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
 
     Raises:
         UserError: something in the recipe or the files it names cannot be used, the output folder
-            holds another run, or it is to be resumed with another configuration.
+            holds another run, it is to be resumed with another configuration, or the guard found
+            nothing that may be exported.
         SystemExit: the run was interrupted (code 130), after a checkpoint.
     """
     result = config.output / ("model" if config.model.adapter is None else "adapter")
@@ -66,7 +69,7 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
     world.barrier()  # all have looked at the output folder, and nobody has written
     if world.first:
         run_folder.begin(config)  # nothing was written so far, and little can fail from here on
-    train(config, ready.model, ready.loader, ready.objectives, ready.teacher, world)
+    train(config, ready.model, ready.loader, ready.objectives, ready.teacher, world, ready.guard)
     _export(config, ready, result, world)
     say(f"wrote {result}")
     return result
@@ -113,8 +116,11 @@ def train(
     objectives: Objectives,
     teacher: Teacher,
     world: World | None = None,
+    guard: Guard | None = None,
 ) -> None:
     """Run the remaining steps, from the latest checkpoint if there is one.
+
+    The model then has the weights of the last step, or of the last one that the guard lets pass.
 
     Args:
         config: the recipe.
@@ -123,11 +129,13 @@ def train(
         objectives: the losses.
         teacher: gives the rows that the losses compare with.
         world: the ranks that train together; None: this process alone.
+        guard: ends the run early; None: nobody does.
 
     Raises:
+        UserError: a checkpoint cannot be read, or the guard lets no step pass.
         SystemExit: interrupted; the checkpoint of the last whole step is written.
     """
-    world = world or World()
+    world, guard = world or World(), guard or Guard()
     parameters = list(checkpoint.trainable(model).values())
     optimizer = make_optimizer(parameters, config.optim)
     folder = config.output / CHECKPOINTS
@@ -136,6 +144,7 @@ def train(
         state = checkpoint.load(path, model, optimizer, world, teacher.tensors())
         done = Progress(state["step"], state["skipped"])
         loader.load_state(state["loader"])
+        guard.load_state(state.get("guard", []))
         say(f"resuming after step {done.step}")
     model.train()
     batches = islice(loader, config.steps - done.step)
@@ -147,10 +156,17 @@ def train(
             )
             done.step += 1
             done.skipped += entry["skipped"]
-            write(entry)
+            write(entry | guard.after_step(done.step))
+            if guard.exceeded:
+                break
             stop = world.any(interrupted())
-            if stop or done.step % config.checkpoint_every == 0:
-                state = {"step": done.step, "skipped": done.skipped, "loader": loader_state}
+            if stop or done.step % config.checkpoint_every == 0 or done.step == guard.best:
+                state = {
+                    "step": done.step,
+                    "skipped": done.skipped,
+                    "loader": loader_state,
+                    "guard": guard.state(),
+                }
                 checkpoint.save(
                     folder,
                     model,
@@ -159,13 +175,17 @@ def train(
                     config.keep_checkpoints,
                     world,
                     teacher.tensors(),
+                    protect=guard.best,
                 )
             if stop:
                 say(f"stopped after step {done.step} of {config.steps}; go on with --resume")
                 raise SystemExit(STOPPED)
     model.eval()
     if done.skipped:
-        say(f"{done.skipped} of {config.steps} steps were skipped: loss or gradient not finite")
+        say(f"{done.skipped} of {done.step} steps were skipped: loss or gradient not finite")
+    if (best := guard.conclude(done.step)) != done.step:
+        path = checkpoint.of_step(folder, best)
+        checkpoint.load(path, model, optimizer, world, teacher.tensors())
 
 
 @contextmanager
