@@ -91,7 +91,7 @@ def write(
     state: Mapping[str, Any],
     keep: int,
     world: World,
-    protect: Path | None = None,
+    protect: int | None = None,
 ) -> Path:
     """Write a checkpoint and delete all but the latest ``keep``; all ranks together.
 
@@ -101,7 +101,7 @@ def write(
         state: what else resuming needs, as JSON; has ``step``, the number of steps done.
         keep: checkpoints that stay, this one included.
         world: the ranks of the run.
-        protect: a checkpoint that stays beside those.
+        protect: step whose checkpoint stays beside those, however old it is.
 
     Returns:
         The folder of the new checkpoint.
@@ -144,10 +144,11 @@ def clear(folder: Path) -> None:
         shutil.rmtree(left)
 
 
-def _prune(folder: Path, keep: int, protect: Path | None) -> None:
-    """Delete all but the latest ``keep`` checkpoints and the one to ``protect``."""
+def _prune(folder: Path, keep: int, protect: int | None) -> None:
+    """Delete all but the latest ``keep`` checkpoints and that of the step to ``protect``."""
+    protected = None if protect is None else at(folder, protect)
     for old in sorted(folder.glob(PATTERN))[:-keep]:
-        if old != protect:
+        if old != protected:
             shutil.rmtree(old.rename(folder / f".{old.name}.tmp"))  # never half of one by its name
 
 

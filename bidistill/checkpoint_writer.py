@@ -59,7 +59,7 @@ class Writer:
         optimizer: torch.optim.Optimizer,
         state: Mapping[str, Any],
         teacher: Mapping[str, Tensor] = MappingProxyType({}),
-        protect: Path | None = None,
+        protect: int | None = None,
     ) -> None:
         """Write a checkpoint of what is now, or begin to.
 
@@ -68,7 +68,7 @@ class Writer:
             optimizer: over exactly those that train.
             state: what else resuming needs, as JSON; has ``step``, the number of steps done.
             teacher: tensors of a teacher that changes with the run, by name.
-            protect: a checkpoint that stays, however old, as ``checkpoint.at`` names it.
+            protect: step whose checkpoint stays, however old it is.
 
         Raises:
             UserError: this checkpoint, or the one before in the background, cannot be written.

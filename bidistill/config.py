@@ -189,6 +189,23 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GuardConfig:
+    """How far the student may move from the model it was: see ``docs/guards.md``."""
+
+    __pydantic_config__ = STRICT
+
+    kl_budget: Positive
+    """Largest KL(model before training || student), nats per answer token, on examples that must
+    stay; beyond it training ends, and the last checkpoint within it is exported."""
+    every: AtLeastOne = 10
+    """Steps between measurements; the last step is measured, too."""
+    roles: Annotated[tuple[Role, ...], Field(min_length=1)] = ("retain",)
+    """Whose examples are measured; ``data.per_step`` need not take any of them."""
+    examples: AtLeastOne = 64
+    """How many of them, drawn once by ``seed``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """One training run."""
 
@@ -203,6 +220,8 @@ class TrainConfig:
     """How the roles' gradients become one: see ``bidistill/combine.py``."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    guard: GuardConfig | None = None
+    """``null``: train to the end, wherever that leads."""
     steps: AtLeastOne
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     checkpoint_every: AtLeastOne = 10

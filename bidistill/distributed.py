@@ -143,6 +143,11 @@ def put(parameter: nn.Parameter, values: Tensor) -> None:
         parameter.copy_(values)
 
 
+def held(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that may be shared out; the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be shared out; all ranks must ask for it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -221,7 +221,7 @@ def _distill_step(
 @torch.no_grad()
 def base_rows(model: nn.Module, packed: Packed) -> Float[Tensor, "N H"]:
     """Hidden rows of the base model, which knows no adapters and no dropout."""
-    with adapters_off(model), _without_dropout(model):
+    with adapters_off(model), without_dropout(model):
         return hidden_rows(model, packed)
 
 
@@ -237,7 +237,7 @@ def own_rows(model: nn.Module, packed: Packed, *, head: bool = False) -> Teacher
     """
     output: Any = model.get_output_embeddings()  # type: ignore
     head |= isinstance(output, LoraLayer)
-    with _without_dropout(model):
+    with without_dropout(model):
         hidden = hidden_rows(model, packed)
         if head:
             return output(hidden, fused=lambda *rows_and_head: TeacherRows(*rows_and_head[:3]))
@@ -245,7 +245,7 @@ def own_rows(model: nn.Module, packed: Packed, *, head: bool = False) -> Teacher
 
 
 @contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
+def without_dropout(model: nn.Module) -> Iterator[None]:
     """The model in evaluation, and then as it was."""
     training = model.training
     model.eval()

@@ -6,11 +6,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bidistill import contrastive, options, teacher_model, teachers
+from bidistill import contrastive, guards, options, teacher_model, teachers
 from bidistill.config import TrainConfig, require_objectives
 from bidistill.data.build import build_store
 from bidistill.data.loader import RoleLoader
 from bidistill.data.records import ROLES, Role
+from bidistill.guards import Guard
 from bidistill.loading import load_shared, load_tokenizer, model_folder
 from bidistill.models import autocast
 from bidistill.objectives import Objectives, needs_teacher
@@ -29,6 +30,7 @@ class Ready(NamedTuple):
     loader: RoleLoader
     objectives: Objectives
     teacher: Teacher
+    guard: Guard
 
 
 def prepare(config: TrainConfig, world: World) -> Ready:
@@ -56,6 +58,7 @@ def prepare(config: TrainConfig, world: World) -> Ready:
             folder=data.cache,
             workers=data.workers,
         )
+    guarded = guards.choose(config, examples)
     loader = RoleLoader(
         examples,
         data.per_step,
@@ -81,9 +84,10 @@ def prepare(config: TrainConfig, world: World) -> Ready:
             teacher = Kept(rows_on_disk(config, lambda: model, examples, world))
         if teacher is None:
             teacher = teachers.of_student(config, model, examples)
+    guard = guards.make(config, guarded, model, own, world)
     if world.rank:
         torch.manual_seed(config.seed + world.rank)  # dropout of its own
-    return Ready(model, tokenizer, loader, objectives, teacher)
+    return Ready(model, tokenizer, loader, objectives, teacher, guard)
 
 
 def sampled(config: TrainConfig) -> list[Role]:

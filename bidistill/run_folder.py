@@ -1,7 +1,8 @@
 """The folder of a run: whose it is, and its log.
 
 ``run.json`` says what the run is made of; a run is resumed with exactly that, or not at all.
-``train_log.jsonl`` has one line per step. ``cost.json`` says what the run took (see ``cost.py``).
+``train_log.jsonl`` has one line per step; ``guard.json`` what a guard measured (see ``guards.py``);
+``cost.json`` what the run took (see ``cost.py``).
 """
 
 import json
@@ -20,7 +21,8 @@ from bidistill.world import World
 
 RUN = "run.json"
 LOG = "train_log.jsonl"
-RESULTS = ("adapter", "model", "checkpoints", LOG, COST)
+GUARD = "guard.json"
+RESULTS = ("adapter", "model", "checkpoints", LOG, COST, GUARD)
 """What a run makes beside RUN; found without it, they are somebody else's."""
 
 

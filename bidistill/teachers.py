@@ -18,7 +18,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from bidistill import checkpoint, distributed, teacher_model
 from bidistill.config import ModelConfig, TrainConfig
@@ -191,12 +190,7 @@ class Ema(Teacher):
     def _pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Averages and weights, of each what this rank holds."""
         for name, weight in self.trained.items():
-            yield _held(self.averages[name]), _held(weight.detach())
-
-
-def _held(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor that may be shared out."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            yield distributed.held(self.averages[name]), distributed.held(weight.detach())
 
 
 def frozen(config: TrainConfig, examples: TokenStore, world: World) -> Teacher:

@@ -7,6 +7,7 @@
         train_log.jsonl    a line per step
         cost.json          time and memory that training took
         checkpoints/       the latest ones (see checkpoint.py)
+        guard.json         what the guard measured, if there is one (see guards.py)
         adapter/ or model/ the result
 
 Whatever a step needs is a function of the configuration and the step number, or lies in the
@@ -32,6 +33,7 @@ from bidistill import checkpoint, circumstances, cost, distributed, export, run_
 from bidistill.checkpoint_writer import Writer
 from bidistill.config import TrainConfig
 from bidistill.data.loader import RoleLoader
+from bidistill.guards import Guard
 from bidistill.loading import empty_model
 from bidistill.objectives import Objectives
 from bidistill.prepare import Ready, prepare
@@ -57,7 +59,8 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
 
     Raises:
         UserError: something in the recipe or the files it names cannot be used, the output folder
-            holds another run, or it is to be resumed with another configuration.
+            holds another run, it is to be resumed with another configuration, or the guard found
+            nothing that may be exported.
         SystemExit: the run was interrupted (code 130), after a checkpoint.
     """
     result = config.output / ("model" if config.model.adapter is None else "adapter")
@@ -69,7 +72,9 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
     ready = prepare(config, world)
     world.barrier()  # all have looked at the output folder, and nobody has written
     run_folder.begin(config, world)  # nothing was written so far, and little can fail from here on
-    done = train(config, ready.model, ready.loader, ready.objectives, ready.teacher, world)
+    done = train(
+        config, ready.model, ready.loader, ready.objectives, ready.teacher, world, ready.guard
+    )
     cost.write(config.output, done.step, done.seconds, done.tokens, world)
     _export(config, ready, result, world)
     say(f"wrote {result}")
@@ -126,8 +131,11 @@ def train(
     objectives: Objectives,
     teacher: Teacher,
     world: World | None = None,
+    guard: Guard | None = None,
 ) -> Progress:
     """Run the remaining steps, from the latest checkpoint if there is one.
+
+    The model then has the weights of the last step, or of the last one that the guard lets pass.
 
     Args:
         config: the recipe.
@@ -136,14 +144,16 @@ def train(
         objectives: the losses.
         teacher: gives the rows that the losses compare with.
         world: the ranks that train together; None: this process alone.
+        guard: ends the run early; None: nobody does.
 
     Returns:
         How far the run came, over all of its starts.
 
     Raises:
+        UserError: a checkpoint cannot be read, or the guard lets no step pass.
         SystemExit: interrupted; the checkpoint of the last whole step is written.
     """
-    world = world or World()
+    world, guard = world or World(), guard or Guard()
     parameters = list(checkpoint.trainable(model).values())
     optimizer = make_optimizer(parameters, config.optim)
     folder = config.output / CHECKPOINTS
@@ -152,6 +162,7 @@ def train(
         state = checkpoint.load(path, model, optimizer, world, teacher.tensors())
         done = Progress.of(state)
         loader.load_state(state["loader"])
+        guard.load_state(state.get("guard", []))
         say(f"resuming after step {done.step}")
         circumstances.tell_changes(state.get("circumstances"), here)
     start = time.perf_counter() - done.seconds
@@ -167,19 +178,28 @@ def train(
             done.step += 1
             done.skipped += entry["skipped"]
             done.tokens += entry["tokens"]
+            write(entry | guard.after_step(done.step))
             done.seconds = time.perf_counter() - start
-            write(entry)
+            if guard.exceeded:
+                break
             stop = world.any(interrupted())
-            if stop or done.step % config.checkpoint_every == 0:
-                state = {**asdict(done), "loader": loader_state, "circumstances": here}
-                writer.save(model, optimizer, state, teacher.tensors())
+            if stop or done.step % config.checkpoint_every == 0 or done.step == guard.best:
+                state = {
+                    **asdict(done),
+                    "loader": loader_state,
+                    "guard": guard.state(),
+                    "circumstances": here,
+                }
+                writer.save(model, optimizer, state, teacher.tensors(), protect=guard.best)
             if stop:
                 writer.finish()
                 say(f"stopped after step {done.step} of {config.steps}; go on with --resume")
                 raise SystemExit(STOPPED)
     model.eval()
     if done.skipped:
-        say(f"{done.skipped} of {config.steps} steps were skipped: loss or gradient not finite")
+        say(f"{done.skipped} of {done.step} steps were skipped: loss or gradient not finite")
+    if (best := guard.conclude(done.step)) != done.step:
+        checkpoint.load(checkpoint.at(folder, best), model, optimizer, world, teacher.tensors())
     return done
 
 

@@ -20,6 +20,7 @@ from bidistill.data.loader import Batch
 from bidistill.data.packing import Packed
 from bidistill.data.records import ROLES
 from bidistill.models import autocast
+from bidistill.moved import Watch
 from bidistill.objectives import Objectives, StepLoss, StepResult
 from bidistill.teachers import Teacher
 from bidistill.world import World
@@ -50,7 +51,8 @@ def train_step(
     Returns:
         The line of the log, the same on all ranks but for step_ms: step (from 1), loss and loss per
         role in nats per row, the cosine of each pair of roles' gradients if the combiner needs
-        them, grad_norm before clipping, lr, tokens of the student's packs, rows, skipped, step_ms.
+        them, grad_norm before clipping, lr, the share of the trained weights that moved, tokens of
+        the student's packs, rows, skipped, step_ms.
     """
     start = time.perf_counter()
     world = world or World()
@@ -83,10 +85,13 @@ def train_step(
     sums = torch.stack([torch.stack([r.loss.detach(), *r.role_sums]) for r in results]).sum(0)
     loss, *role_sums = world.sum(sums).tolist()
     grad_norm = distributed.whole(norm).item()
-    # the same numbers on all ranks, so that all take the step or none does
-    finite = math.isfinite(loss) and math.isfinite(grad_norm)
+    # all take the step or none does, also where one rank alone sees a norm that is not finite
+    finite = math.isfinite(loss) and not world.any(not math.isfinite(grad_norm))
+    moved = 0.0
     if finite:  # a bad step must not reach the moments either
+        watch = Watch(parameters)
         optimizer.step()
+        moved = watch.share(world)
     teacher.after_step(finite)
     by_role = zip(ROLES, role_sums, counts, strict=True)
     return {
@@ -96,6 +101,7 @@ def train_step(
         **{f"cosine/{one}/{other}": value for (one, other), value in cosines.items()},
         "grad_norm": grad_norm,
         "lr": lr,
+        "moved": moved,
         "tokens": int(tokens),
         "rows": int(sum(counts)),
         "skipped": int(not finite),

@@ -194,5 +194,5 @@ def test_example_recipe_loads_and_names_every_setting():
     config = load_config(path)
     given = yaml.safe_load(path.read_text())
     assert given.keys() == as_dict(config).keys()
-    for section in ("model", "data", "teacher", "optim"):
+    for section in ("model", "data", "teacher", "optim", "guard"):
         assert given[section].keys() == as_dict(config)[section].keys(), section

@@ -91,8 +91,9 @@ def _check(roles: list[Role]) -> None:
 
 def _train(config: TrainConfig, count: int, every: int) -> list[Measurement]:
     """Take the steps of the recipe, and measure before every so many."""
-    config = replace(config, parallel=ParallelConfig())  # this is one process
-    model, _, loader, objectives, teacher = prepare(config, World())
+    # this is one process, and nothing comes of it that would be guarded
+    config = replace(config, parallel=ParallelConfig(), guard=None)
+    model, _, loader, objectives, teacher, _ = prepare(config, World())
     parameters = list(checkpoint.trainable(model).values())
     optimizer = make_optimizer(parameters, config.optim)
     apart = Objectives(

@@ -244,7 +244,7 @@ def read_all(folder):
 def test_a_protected_checkpoint_stays(run, tmp_path):
     with Writer(tmp_path, 2) as writer:
         for step in range(1, 7):
-            run.save(writer, step, protect=checkpoint.at(tmp_path, 2))
+            run.save(writer, step, protect=2)
     assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["2", "5", "6"]
 
 

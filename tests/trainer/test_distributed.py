@@ -72,7 +72,9 @@ def assert_equal(found, expected, bound=EXACT):
     assert relative(found.gradients, expected.gradients) < bound
     assert relative(found.parameters, expected.parameters) < bound
     for one, other in zip(found.log, expected.log, strict=True):
-        for key in one.keys() - {"step_ms", "tokens"}:
+        # of what moved each rank looks at entries of its own
+        assert one["moved"] == pytest.approx(other["moved"], abs=0.01)
+        for key in one.keys() - {"step_ms", "tokens", "moved"}:
             assert one[key] == pytest.approx(other[key], rel=bound, abs=1e-9, nan_ok=True), key
 
 
