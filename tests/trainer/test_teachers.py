@@ -389,11 +389,11 @@ def test_another_vocabulary_is_refused(config, other_dir, tmp_path):
 
 
 def test_a_head_without_all_ids_is_refused(config, tokenizer, tmp_path):
-    student = make_model()
     folder = tmp_path / "short"
     short = make_model()
     short.resize_token_embeddings(200)
     short.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     config = taught(config, "short", kind="frozen", path=str(folder))
     with pytest.raises(UserError, match=r"heads of 258 .* and 200 ids .*the tokenizer's 258"):
-        teacher_model.transforms(config, tokenizer, student)
+        teacher_model.check_vocabulary(config, tokenizer)
