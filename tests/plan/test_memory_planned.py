@@ -29,6 +29,10 @@ ALONE = [
     Case("lora", cache="off", teacher="live"),
     Case("full", cache="off", teacher="ema"),
     Case("full", cache="memory", teacher="frozen"),
+    Case("full", cache="topk", loss="topk_kl"),
+    Case("full", cache="topk", loss="topk_kl", teacher="frozen"),
+    Case("lora", cache="topk", loss="topk_kl", dtype="bfloat16"),
+    Case("lora", cache="disk", loss="topk_kl"),
 ]
 SHARED = [
     Case("lora", dtype="bfloat16", cache="off"),
@@ -40,6 +44,7 @@ SHARED = [
     Case("full", cache="off", teacher="frozen"),
     Case("lora", cache="off", teacher="live"),
     Case("full", cache="off", teacher="ema"),
+    Case("full", cache="topk", loss="topk_kl"),
 ]
 
 

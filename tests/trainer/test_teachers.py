@@ -9,12 +9,11 @@ import weakref
 from dataclasses import replace
 from functools import cache
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GraniteConfig, GraniteForCausalLM
+from transformers import GraniteForCausalLM
 
 from bidistill import checkpoint, teacher_model, teachers, train
 from bidistill.config import ObjectiveConfig
@@ -252,29 +251,6 @@ def test_all_weights_train_beside_a_frozen_copy(config):
     train.main(frozen := taught(config, "frozen", kind="frozen", cache="off"))
     assert losses_of(frozen) == pytest.approx(losses_of(kept), rel=1e-5)
     assert losses_of(frozen)[-1] < losses_of(frozen)[0]
-
-
-@pytest.fixture(scope="session")
-def other_dir(tmp_path_factory, tokenizer) -> Path:
-    """Another architecture, wider, with scaled logits and a padded head; the same tokenizer."""
-    torch.manual_seed(2)
-    settings = GraniteConfig(
-        vocab_size=264,
-        hidden_size=48,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        logits_scaling=4.0,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    folder = tmp_path_factory.mktemp("other")
-    GraniteForCausalLM(settings).eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("kept", ["off", "memory", "disk"])
