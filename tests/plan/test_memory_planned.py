@@ -94,6 +94,14 @@ def test_each_kind_is_what_it_says(folder):
     assert memory.peak["gradients"] < memory.most["gradients"]
 
 
+def test_best_ids_need_no_head(folder):
+    for teacher in ("base", "frozen"):
+        config = config_of(Case("full", cache="topk", loss="topk_kl", teacher=teacher), folder)
+        plan = planner(config).plan(config)
+        k = config.teacher.topk
+        assert plan.memory.most["teacher"] == plan.part.rows * (8 * k + 4 * (k + 1))
+
+
 def test_the_driver_of_an_accelerator_takes_larger_chunks(folder):
     config = config_of(Case("lora"), folder)
     here, there = planner(config), planner(config)
