@@ -1,8 +1,8 @@
 """What best ids cost in accuracy, on a real model: the two tables of docs/teachers.md.
 
-``python -m bench.topk_error`` takes SmolLM2-135M-Instruct without a context as the student and, with
-the refusals of the demo's recipe before the question, as the teacher. Rows are those of the demo's
-refusals, true capitals and general answers. The first table compares losses over K ids with the
+``python -m bench.topk_error`` takes SmolLM2-135M-Instruct without a context as the student and,
+with the refusals of the demo's recipe before the question, as the teacher. Rows are those of the
+demo's refusals, true capitals and general answers. The first table compares losses over K ids with the
 divergence over all of them, the second what a store may round the log-probabilities to.
 
 Shapes: N rows, V vocabulary, H width, K ids.
@@ -20,7 +20,7 @@ from torch import Tensor
 from bidistill.data.loader import Batch
 from bidistill.data.records import Record
 from bidistill.data.views import build_examples
-from bidistill.demo.facts import Place, general, places, refusal
+from bidistill.demo.facts import general, places, refusal
 from bidistill.loading import load_base, load_tokenizer
 from bidistill.models import hidden_rows
 from bidistill.pretrained import smollm2
@@ -133,7 +133,8 @@ def main() -> None:
             line += [f"{(loss - full).mean().item():+.1e}" for loss, full in pairs]
         lines.append(line)
     head = ["K", "bytes a token", "teacher outside"]
-    _table([*head, *(f"{t}, {d}" for t in ("bucket", "renormalize") for d in ("fwd", "rev"))], lines)
+    head += [f"{tail}, {way}" for tail in ("bucket", "renormalize") for way in ("fwd", "rev")]
+    _table(head, lines)
     print()
     teacher = TopK(best.ids[:, :STORED], best.values[:, :STORED])
     unrounded = losses_of(rows, teacher)
