@@ -2,8 +2,8 @@
 
 ``python -m bench.topk_error`` takes SmolLM2-135M-Instruct without a context as the student and,
 with the refusals of the demo's recipe before the question, as the teacher. Rows are those of the
-demo's refusals, true capitals and general answers. The first table compares losses over K ids with the
-divergence over all of them, the second what a store may round the log-probabilities to.
+demo's refusals, true capitals and general answers. The first table compares losses over K ids with
+the divergence over all of them, the second what a store may round the log-probabilities to.
 
 Shapes: N rows, V vocabulary, H width, K ids.
 """
@@ -149,9 +149,7 @@ def main() -> None:
         [name, size, *_errors(losses_of(rows, stored(teacher, dtype, others=others)), unrounded)]
         for name, dtype, others, size in ways
     ]
-    _table(
-        ["kept", "bytes a token", "fwd, mean", "fwd, most", "rev, mean", "rev, most"], lines
-    )
+    _table(["kept", "bytes a token", "fwd, mean", "fwd, most", "rev, mean", "rev, most"], lines)
 
 
 if __name__ == "__main__":
