@@ -81,4 +81,6 @@ def _choice_bytes(
     piece = 0 if plain else min(SLAB_ROWS, V) * D * dtype.itemsize
     cast = 0 if hidden.dtype == dtype or plain else dtype.itemsize
     project = C * D * (hidden.dtype.itemsize + cast) + piece
-    return C * row + max(project, COMPANIONS * C * row if backend == "torch" else 0)
+    # elsewhere the largest table is the mask of ids that tie for the last place
+    choose = COMPANIONS * C * row if backend == "torch" else C * V
+    return C * row + max(project, choose)
