@@ -176,12 +176,14 @@ def teacher_check(recipe: Path, overrides: Sequence[str], probes: Path | None) -
 def teacher_cache(recipe: Path, overrides: Sequence[str], check: bool) -> None:
     """Run the teacher once and keep its rows on disk.
 
-    bidistill train reads them where the recipe has teacher.cache: disk. Rows that are there stay
-    unless they are damaged. KEY=VALUE changes a setting of the recipe.
+    bidistill train reads them where the recipe has teacher.cache: disk. With teacher.cache: topk
+    the best ids of each row are kept instead. What is there stays unless it is damaged. KEY=VALUE
+    changes a setting of the recipe.
 
     \b
     Examples:
       bidistill teacher-cache recipe.yaml
+      bidistill teacher-cache recipe.yaml teacher.cache=topk teacher.topk=32
       bidistill teacher-cache recipe.yaml --check
     """
     from bidistill.config import load_config

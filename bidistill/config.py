@@ -127,11 +127,21 @@ class TeacherConfig:
     """Messages put before the question in the teacher's view, by role."""
     default_context: tuple[Message, ...] = ()
     """Messages for the roles that ``contexts`` does not name."""
-    cache: Annotated[Literal["memory", "disk", "off"], BeforeValidator(_cache_kind)] = "memory"
-    """Compute the teacher's hidden rows once, before the first step, and keep them there; ``off``
-    computes them in each step. ``true`` is ``memory``, ``false`` is ``off``."""
+    cache: Annotated[Literal["memory", "disk", "topk", "off"], BeforeValidator(_cache_kind)] = (
+        "memory"
+    )
+    """Compute the teacher's hidden rows once, before the first step, and keep them there; ``topk``
+    keeps the best ids of each row on disk instead, for the loss ``topk_kl``; ``off`` computes the
+    rows in each step. ``true`` is ``memory``, ``false`` is ``off``."""
+    topk: AtLeastOne = 64
+    """Ids of each answer token that ``cache: topk`` keeps."""
     cache_folder: Path | None = None
     """Folder for rows on disk; ``null``: ``teacher`` in bidistill's folder in the user's cache."""
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether a store on disk stands for the teacher while training."""
+        return self.cache in ("disk", "topk")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +150,7 @@ class ObjectiveConfig:
 
     __pydantic_config__ = STRICT
 
-    loss: Literal["bidirectional_kl", "push_pull", "jsd", "cross_entropy"]
+    loss: Literal["bidirectional_kl", "push_pull", "jsd", "topk_kl", "cross_entropy"]
     options: dict[str, float | int | str] = field(default_factory=dict)
     """Arguments of the loss function, such as ``forward: 0.5``."""
     weight: NonNegative = 1.0

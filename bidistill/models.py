@@ -30,6 +30,7 @@ from bidistill.config import LoraSettings, ModelConfig
 from bidistill.data.packing import Packed
 from bidistill.errors import UserError
 from bidistill.head import augmented
+from bidistill.teacher_rows import TeacherRows, TeacherTopK
 from bidistill.world import device
 from bidistill_kernels import LogitTransform
 
@@ -39,32 +40,6 @@ ROOT_METHODS = ("distill_step", "teacher_rows", "own_rows")
 """What runs the model from outside; where it is sharded, only these may."""
 TRANSFORM_TOLERANCE = 1e-4
 """Largest difference to the model's own logits, relative to the largest of them."""
-
-
-class TeacherRows:
-    """Last hidden states of the teacher for the answer rows of a step, and the head they need.
-
-    A plain object on purpose: FSDP2 casts every floating tensor among the arguments of a hooked
-    forward, also inside lists, dicts and dataclasses, and would round the teacher's rows.
-
-    Args:
-        hidden: the rows. Shape (N, H).
-        weight: the teacher's head, shape (V, H); None: the student's own without its adapter.
-        bias: the bias of that head, shape (V,).
-    """
-
-    __slots__ = ("bias", "hidden", "weight")
-
-    def __init__(
-        self,
-        hidden: Float[Tensor, "N H"],
-        weight: Float[Tensor, "V H"] | None = None,
-        bias: Float[Tensor, " V"] | None = None,
-    ) -> None:
-        """Keep the tensors as they are."""
-        self.hidden = hidden
-        self.weight = weight
-        self.bias = bias
 
 
 def autocast(config: ModelConfig, model: nn.Module) -> AbstractContextManager[object]:
@@ -195,10 +170,11 @@ def attach_distill_step(model: nn.Module) -> None:
     ``model.distill_step(student, loss, teacher)`` runs the student on the pack ``student`` and
     returns what ``loss(hidden, head_weight, head_bias, teacher_rows)`` returns. ``teacher`` is
     the teacher's pack, whose rows are then computed with the adapters off; or
-    :class:`TeacherRows` at hand; or None for a loss that needs no teacher.
+    :class:`TeacherRows` or :class:`TeacherTopK` at hand; or None for a loss that needs no teacher.
 
-    ``model.teacher_rows(packed)`` returns the rows of the model as it is with its adapters off,
-    ``model.own_rows(packed)`` those with its adapters on, as :class:`TeacherRows`.
+    ``model.teacher_rows(packed)`` returns the rows of the model as it is with its adapters off, or
+    what a function makes of them and the head; ``model.own_rows(packed)`` those with its adapters
+    on, as :class:`TeacherRows`.
     """
     head = model.get_output_embeddings()  # type: ignore
     head.forward = types.MethodType(_head_forward, head)
@@ -208,7 +184,10 @@ def attach_distill_step(model: nn.Module) -> None:
 
 
 def _distill_step(
-    self: nn.Module, student: Packed, loss: Callable, teacher: Packed | TeacherRows | None
+    self: nn.Module,
+    student: Packed,
+    loss: Callable,
+    teacher: Packed | TeacherRows | TeacherTopK | None,
 ) -> object:
     """Teacher, student and loss in one method of the root module."""
     if isinstance(teacher, Packed):
@@ -219,10 +198,23 @@ def _distill_step(
 
 
 @torch.no_grad()
-def base_rows(model: nn.Module, packed: Packed) -> Float[Tensor, "N H"]:
-    """Hidden rows of the base model, which knows no adapters and no dropout."""
+def base_rows(model: nn.Module, packed: Packed, read: Callable[..., Any] | None = None) -> Any:  # noqa: ANN401
+    """Hidden rows of the base model, which knows no adapters and no dropout.
+
+    Args:
+        model: with its root methods attached, if there is something to ``read``.
+        packed: what it reads.
+        read: called in the head, with the rows and its weight and bias.
+
+    Returns:
+        The rows, shape (N, H); or what ``read`` makes of them.
+    """
     with adapters_off(model), without_dropout(model):
-        return hidden_rows(model, packed)
+        hidden = hidden_rows(model, packed)
+        if read is None:
+            return hidden
+        head: Any = model.get_output_embeddings()  # type: ignore
+        return head(hidden, fused=lambda *rows_and_head: read(*rows_and_head[:3]))
 
 
 @torch.no_grad()
@@ -260,14 +252,14 @@ def _head_forward(
     hidden: Tensor,
     *args: object,
     fused: Callable | None = None,
-    teacher: TeacherRows | None = None,
+    teacher: TeacherRows | TeacherTopK | None = None,
     **kwargs: object,
 ) -> object:
     """Forward of the LM head: its own, or ``fused`` on the weight as the hooks present it."""
     if fused is None:
         return type(self).forward(self, hidden, *args, **kwargs)
     weight, bias = self.weight, getattr(self, "bias", None)  # of the layer below an adapter
-    if teacher is not None and teacher.weight is None:
+    if isinstance(teacher, TeacherRows) and teacher.weight is None:
         teacher = TeacherRows(teacher.hidden, weight, bias)  # type: ignore
     if isinstance(self, LoraLayer):
         hidden, weight = augmented(self, hidden)

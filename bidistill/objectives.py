@@ -22,19 +22,22 @@ from bidistill.data.packing import Packed
 from bidistill.data.records import ROLES, Role, nearest
 from bidistill.data.views import Example
 from bidistill.errors import UserError
-from bidistill.models import TeacherRows
+from bidistill.teacher_rows import TeacherRows, TeacherTopK
+from bidistill.topk import topk_kl
 from bidistill_kernels import (
     LogitTransform,
     linear_bidirectional_kl,
     linear_cross_entropy,
     linear_jsd,
     linear_push_pull,
+    linear_topk_kl,
 )
 
 LOSSES: dict[str, Callable[..., Any]] = {
     "bidirectional_kl": linear_bidirectional_kl,
     "push_pull": linear_push_pull,
     "jsd": linear_jsd,
+    "topk_kl": topk_kl,
     "cross_entropy": linear_cross_entropy,
 }
 
@@ -139,7 +142,7 @@ class StepLoss:
         hidden: Float[Tensor, "N H"],
         weight: Float[Tensor, "V H"],
         bias: Float[Tensor, " V"] | None,
-        teacher: TeacherRows | None,
+        teacher: TeacherRows | TeacherTopK | None,
     ) -> StepResult:
         """Run every term's fused loss on its rows."""
         role_sums = torch.zeros(len(ROLES), device=hidden.device, dtype=torch.float64)
@@ -168,29 +171,36 @@ class StepLoss:
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        teacher: TeacherRows | None,
+        teacher: TeacherRows | TeacherTopK | None,
     ) -> tuple[Tensor, Tensor]:
         """One fused call: weighted sum over rows, and the unweighted loss of each row."""
         index = rows.to(hidden.device)
         configs, transform = self.objectives.configs, self.objectives.transform
         weight_R = torch.tensor([configs[r].weight if r in term.roles else 0.0 for r in ROLES])
-        tensors = [hidden.index_select(0, index), weight]
+        loss: Callable[..., Any] = LOSSES[term.loss]
+        given: list[Any] = [hidden.index_select(0, index), weight]
         keywords: dict[str, Any] = {"student_bias": bias, "student_transform": transform}
-        if term.loss != "cross_entropy":
+        keywords |= term.options
+        if term.loss == "cross_entropy":
+            pass
+        elif isinstance(teacher, TeacherTopK):
+            assert term.loss == "topk_kl", f"{term.loss} needs the teacher's hidden rows"
+            loss = linear_topk_kl
+            given.append(teacher.at(index, keywords.pop("k", None)))
+        else:
             assert teacher is not None, f"{term.loss} needs the teacher's rows"
             head = (weight, bias) if teacher.weight is None else (teacher.weight, teacher.bias)
-            tensors += [teacher.hidden.to(hidden.device).index_select(0, index), head[0].detach()]
+            given += [teacher.hidden.to(hidden.device).index_select(0, index), head[0].detach()]
             keywords["teacher_bias"] = None if head[1] is None else head[1].detach()
             keywords["teacher_transform"] = self.objectives.teacher_transform
-        total, stats = LOSSES[term.loss](
-            *tensors,
+        total, stats = loss(
+            *given,
             self.target[rows].to(hidden.device),
             token_weight=weight_R[self.role[rows]].to(hidden.device),
             reduction="sum",
             return_stats=True,
             chunk_bytes=self.objectives.chunk_bytes,
             **keywords,
-            **term.options,
         )
         return total, stats.per_token.detach().double()
 

@@ -74,13 +74,13 @@ def prepare(config: TrainConfig, world: World) -> Ready:
         # before the student is there: two models would be too many where its rows are kept
         teacher = teachers.frozen(config, examples, world)
     model = load_shared(config.model, parallel, world, config.seed)
-    own, theirs = teacher_model.transforms(config, tokenizer, model)
+    own, theirs = teacher_model.transforms(config, model)
     objectives = Objectives(config.objectives, own, apart, theirs, parallel.chunk_bytes)
     adapter = config.model.adapter
     with autocast(config.model, model):
         if adapter and adapter.contrast:
             contrastive.initialise(model, teachers.used(examples, config), adapter, world)
-        if teacher is None and config.teacher.cache == "disk":
+        if teacher is None and config.teacher.on_disk:
             teacher = Kept(rows_on_disk(config, lambda: model, examples, world))
         if teacher is None:
             teacher = teachers.of_student(config, model, examples)

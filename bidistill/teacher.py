@@ -3,14 +3,14 @@
 Its last hidden states at the answer rows are all that a loss needs; logits are never stored. They
 are computed in each step, or, where the teacher does not change, once before the first step and
 kept, in memory (:class:`HiddenCache`) or on disk (``teacher_store.TeacherStore``), which gives the
-same rows. Who the teacher is stands in ``teachers.py``.
+same rows, or the best ids of each. Who the teacher is stands in ``teachers.py``.
 
 Legend: N answer rows, H hidden width, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,9 @@ from bidistill.data.loader import Batch
 from bidistill.data.records import ROLES, Role
 from bidistill.data.views import Example, Message
 from bidistill.distributed import put_back, whole
-from bidistill.models import TeacherRows, base_rows
+from bidistill.models import base_rows
 from bidistill.progress import track
+from bidistill.teacher_rows import TeacherRows, TeacherTopK
 
 CHUNK_TOKENS = 8192
 """Tokens in one forward while the cache is filled, at most; shared prefixes make it fewer."""
@@ -33,9 +34,9 @@ def contexts_of(config: TeacherConfig) -> dict[Role, Sequence[Message]]:
 
 
 class TeacherCache(Protocol):
-    """The teacher's rows of every example, computed before the first step."""
+    """The teacher's rows of every example, or their best ids, computed before the first step."""
 
-    def for_batch(self, batch: Batch) -> TeacherRows:
+    def for_batch(self, batch: Batch) -> TeacherRows | TeacherTopK:
         """The rows of a batch, in the order of its packs."""
         ...
 
@@ -82,9 +83,26 @@ def teacher_rows(model: nn.Module, examples: Sequence[Example]) -> list[Tensor]:
         The rows of each example, shape (N, H) with N its answer tokens; on the CPU, as an
         accelerator's memory is for training.
     """
-    run = getattr(model, "teacher_rows", None) or partial(base_rows, model)
-    hidden = run(Batch(tuple(examples)).teacher())
+    hidden = run_teacher(model, examples)
     return list(hidden.cpu().split([len(example.answer_ids) for example in examples]))
+
+
+def run_teacher(
+    model: nn.Module, examples: Sequence[Example], read: Callable[..., Any] | None = None
+) -> Any:  # noqa: ANN401
+    """The same, in one piece and where they were computed.
+
+    Args:
+        model: as in :func:`teacher_rows`; with its root methods attached, if there is something to
+            ``read``.
+        examples: as in :func:`teacher_rows`.
+        read: called in the head, with the rows and its weight and bias.
+
+    Returns:
+        The rows of all examples, shape (N, H); or what ``read`` makes of them.
+    """
+    run = getattr(model, "teacher_rows", None) or partial(base_rows, model)
+    return run(Batch(tuple(examples)).teacher(), read)
 
 
 def frozen_head(model: nn.Module, *, own: bool = False) -> tuple[Tensor | None, Tensor | None]:

@@ -1,15 +1,15 @@
-"""Making a store of the teacher's rows, on one process or several.
+"""Making a store of the teacher, on one process or several.
 
 .. code-block:: text
 
     examples --cut--> files of rows --rank r: files r, r + world_size, ...--> one temporary folder
              --rank 0, when all have met: index, head, header--> the folder gets its name
 
-How the rows are cut into files depends on the examples, the width and ``FILE_BYTES`` alone, and
+How the rows are cut into files depends on the examples, bytes a row and ``FILE_BYTES`` alone, and
 each file is computed by itself. So on machines of one kind the bytes are the same whatever the
 number of ranks; another processor, or another number of threads, may round a last bit differently.
 
-Legend: E examples, H hidden width.
+What a row has is a matter of the store's form, see ``teacher_forms.py``. Legend: E examples.
 """
 
 from array import array
@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ from bidistill.distributed import put_back
 from bidistill.errors import UserError
 from bidistill.files import atomic_path, write_json
 from bidistill.progress import track
-from bidistill.teacher import chunks, frozen_head, teacher_rows
+from bidistill.teacher import chunks
+from bidistill.teacher_forms import Form, Hidden
 from bidistill.teacher_store import FORMAT, HEAD, HEADER, INDEX, ROWS, describe, key_of, problem_of
 from bidistill.world import World
 
@@ -47,7 +48,7 @@ def build_rows(
     made_of: Mapping[str, Any],
     world: World | None = None,
     *,
-    own_head: bool = False,
+    form: Form | None = None,
 ) -> None:
     """Run the teacher over all examples and write its rows; the folder appears when it is whole.
 
@@ -62,28 +63,28 @@ def build_rows(
         folder: to be made, on a disk that all ranks see.
         made_of: what the rows follow from, as JSON; written to the header.
         world: the ranks; None: this process alone.
-        own_head: whether the model is another one than the student, and its head is to be kept.
+        form: what is kept; None: hidden rows.
 
     Raises:
         UserError: the folder cannot be written.
         ValueError: there are no examples.
     """
-    world = world or World()
+    world, form = world or World(), form or Hidden()
     if not examples:
         raise ValueError("examples: got none, expected at least one; give those that are trained")
     index = _index(examples)
     try:
         with _staging(folder, world) as temporary:
-            dtype, own = _fill(model, examples, index, temporary, world)
+            dtype, own = _fill(form, model, examples, index, temporary, world)
             put_back(model)
             notes = {name: note for part in world.gather(own) for name, note in part.items()}
-            head = dict(zip(("weight", "bias"), frozen_head(model, own=own_head), strict=True))
+            head = dict(zip(("weight", "bias"), form.head(model), strict=True))
             if world.first:
                 notes |= _write(temporary / INDEX, index.tensors())
                 if kept := {name: tensor for name, tensor in head.items() if tensor is not None}:
                     notes |= _write(temporary / HEAD, kept)
-                files = dict(sorted(notes.items()))
-                header = {"format": FORMAT, "made_of": made_of, "computed": dtype, "files": files}
+                header = {"format": FORMAT, "kind": form.kind, "made_of": made_of}
+                header |= {"computed": dtype, "files": dict(sorted(notes.items()))}
                 write_json(temporary / HEADER, header)
     except (OSError, SafetensorError) as error:
         if problem_of(folder, made_of) is not None:  # else another process was done first
@@ -131,6 +132,7 @@ def _index(examples: Sequence[Example]) -> Index:
 
 
 def _fill(
+    form: Form,
     model: nn.Module,
     examples: Sequence[Example],
     index: Index,
@@ -138,31 +140,42 @@ def _fill(
     world: World,
 ) -> tuple[str, dict[str, Any]]:
     """Compute and write the files of a rank; the dtype of the rows and a note of each file."""
-    width = model.get_output_embeddings().weight.shape[1]  # type: ignore
-    cuts = index.cuts(FILE_BYTES // (2 * width))
+    columns = form.columns(model)
+    row_bytes = sum(dtype.itemsize * width for dtype, width in columns.values())
+    cuts = index.cuts(FILE_BYTES // row_bytes)
     mine = range(world.rank, len(cuts) - 1, world.size)
-    rows: Iterable[tuple[int, int, Tensor]] = _rows(model, examples, index, cuts, mine, world)
+    rows: Iterable[Rows] = _rows(form, model, examples, index, cuts, mine, world)
     if world.first:
         rows = track(rows, sum(cuts[number + 1] - cuts[number] for number in mine), "teacher")
     dtype, notes = "", {}
     for number, parts in groupby(rows, key=lambda part: part[0]):
         first, last = index.starts[[cuts[number], cuts[number + 1]]].tolist()
-        hidden = torch.empty(last - first, width, dtype=torch.bfloat16)
+        file = {
+            name: torch.empty(last - first, width, dtype=kept)
+            for name, (kept, width) in columns.items()
+        }
         for _, start, part in parts:
-            hidden[start - first : start - first + len(part)] = part
-            dtype = str(part.dtype).removeprefix("torch.")
-        notes |= _write(folder / ROWS.format(number), {"hidden": hidden})
+            for name, rows_of in part.items():
+                file[name][start - first : start - first + len(rows_of)] = rows_of
+                if rows_of.is_floating_point():
+                    dtype = str(rows_of.dtype).removeprefix("torch.")
+        notes |= _write(folder / ROWS.format(number), file)
     return dtype, notes
 
 
+Rows: TypeAlias = tuple[int, int, Mapping[str, Tensor]]
+"""Columns of an example, after the number of their file and of their first row."""
+
+
 def _rows(
+    form: Form,
     model: nn.Module,
     examples: Sequence[Example],
     index: Index,
     cuts: list[int],
     files: range,
     world: World,
-) -> Iterator[tuple[int, int, Tensor]]:
+) -> Iterator[Rows]:
     """The rows of each example of some files, with the file's number and where they begin."""
 
     def work() -> Iterator[tuple[int, dict[int, int], list[Example]]]:
@@ -177,7 +190,7 @@ def _rows(
     # all run the model equally often, as it may be shared out: who has nothing left helps
     while world.any((mine := next(left, None)) is not None):
         number, start_of, pack = mine or (None, {}, [examples[0]])
-        for example, rows in zip(pack, teacher_rows(model, pack), strict=True):
+        for example, rows in zip(pack, form.rows(model, pack), strict=True):
             if number is not None:
                 yield number, start_of[id(example)], rows
 

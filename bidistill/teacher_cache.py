@@ -2,7 +2,7 @@
 
 A store lies under a key: a hash of all that its rows follow from. So runs share it as long as
 model, examples and contexts are the same, whatever a recipe says of losses, steps or ranks of
-adapters.
+adapters; one that has the best ids of each row, also where their number is the same.
 """
 
 import json
@@ -23,13 +23,15 @@ from bidistill import teacher_model
 from bidistill.config import TrainConfig
 from bidistill.data.build import build_store
 from bidistill.data.store import Selection, TokenStore
+from bidistill.distributed import put_back
 from bidistill.errors import UserError
 from bidistill.files import file_sha256, user_cache
 from bidistill.loading import load_shared, load_tokenizer, model_folder
-from bidistill.models import autocast
+from bidistill.models import autocast, read_logit_transform
 from bidistill.progress import say
 from bidistill.teacher import contexts_of
 from bidistill.teacher_build import build_rows
+from bidistill.teacher_forms import Best, Form, Hidden
 from bidistill.teacher_store import FORMAT, TeacherStore, problem_of
 from bidistill.world import World, device, join
 
@@ -42,7 +44,7 @@ def main(config: TrainConfig, *, check: bool = False) -> Path:
     A store that is there is compared with its checksums, and made again where it is damaged.
 
     Args:
-        config: the recipe; ``teacher.cache`` need not be ``disk``.
+        config: the recipe; a store of hidden rows is made unless ``teacher.cache`` is ``topk``.
         check: compare only.
 
     Returns:
@@ -53,8 +55,8 @@ def main(config: TrainConfig, *, check: bool = False) -> Path:
             also that the store is missing or damaged.
     """
     world = join()
-    kept = replace(config.teacher, cache="disk")
-    teacher_model.check(replace(config, teacher=kept))
+    kept = "topk" if config.teacher.cache == "topk" else "disk"
+    teacher_model.check(replace(config, teacher=replace(config.teacher, cache=kept)))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(config.model.path)
@@ -78,7 +80,7 @@ def main(config: TrainConfig, *, check: bool = False) -> Path:
         say(f"{folder}: whole, all checksums are right")
     store = TeacherStore(folder, verify=False)
     say(f"{store.tokens} answer tokens, {store.bytes_per_token} bytes each")
-    if config.teacher.cache != "disk" and not check:
+    if not config.teacher.on_disk and not check:
         say("bidistill train uses it with teacher.cache=disk")
     return folder
 
@@ -87,7 +89,10 @@ def _load(config: TrainConfig, world: World) -> nn.Module:
     """The teacher's model, shared out among the ranks."""
     if config.teacher.kind == "frozen":
         return teacher_model.load(config, world)
-    return load_shared(config.model, config.parallel, world, config.seed)
+    model = load_shared(config.model, config.parallel, world, config.seed)
+    read_logit_transform(model)  # refuses a model whose head it does not understand
+    put_back(model)
+    return model
 
 
 def rows_on_disk(
@@ -130,7 +135,9 @@ def place(config: TrainConfig, examples: Selection) -> tuple[Path, dict[str, Any
 
     That is the content of the model's files, the tokens of the examples, contexts included, the
     dtypes of weights and compute, and whether the store keeps a head: that of a frozen teacher, or
-    the student's if it trains. The model's files are read to the end for it.
+    the student's if it trains. Of best ids: their number, and what the teacher does to the output
+    of its head, for which the student counts if its head is smaller. The model's files are read to
+    the end for it.
 
     Args:
         config: the recipe.
@@ -150,8 +157,11 @@ def place(config: TrainConfig, examples: Selection) -> tuple[Path, dict[str, Any
         "examples": examples.digest,
         "weights": "float32" if trains else model.dtype,
         "compute": model.dtype,
-        "head": trains or frozen,
+        "head": (trains or frozen) and config.teacher.cache != "topk",
     }
+    if config.teacher.cache == "topk":
+        transform = teacher_model.transforms_of_configs(config)[1]
+        made_of |= {"topk": config.teacher.topk, "transform": transform.pack()}
     key = sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
     return (config.teacher.cache_folder or user_cache() / "teacher") / key, made_of
 
@@ -187,6 +197,12 @@ def _build(
     start = time.perf_counter()
     model = load()
     with autocast(teacher_model.settings(config), model):
-        own = config.teacher.kind == "frozen"
-        build_rows(model, examples, folder, made_of, world, own_head=own)
+        build_rows(model, examples, folder, made_of, world, form=_form(config))
     say(f"wrote {folder} in {time.perf_counter() - start:.1f} s")
+
+
+def _form(config: TrainConfig) -> Form:
+    """What the store of a recipe keeps of each answer token."""
+    if config.teacher.cache == "topk":
+        return Best(config.teacher.topk, teacher_model.transforms_of_configs(config)[1])
+    return Hidden(own_head=config.teacher.kind == "frozen")

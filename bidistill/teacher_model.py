@@ -26,7 +26,8 @@ def check(config: TrainConfig) -> None:
 
     Raises:
         UserError: rows are to be kept that change with the student, or would be lost if they were
-            not kept; or a folder or a dtype is given for a teacher that has no weights of its own.
+            not kept; or a folder or a dtype is given for a teacher that has no weights of its own;
+            or a loss needs more than is kept of the rows.
     """
     teacher = config.teacher
     if teacher.kind in ("live", "ema") and teacher.cache != "off":
@@ -36,14 +37,27 @@ def check(config: TrainConfig) -> None:
         )
     if teacher.kind == "base" and config.model.adapter is None and teacher.cache == "off":
         raise UserError(
-            "teacher.cache: got off while all weights train, expected memory or disk; the base "
-            "model is gone after the first step, so keep its rows, or set teacher.kind to frozen"
+            "teacher.cache: got off while all weights train, expected memory, disk or topk; the "
+            "base model is gone after the first step, so keep its rows, or set teacher.kind to "
+            "frozen"
         )
     for key in ("path", "dtype"):
         if teacher.kind != "frozen" and (value := getattr(teacher, key)) is not None:
             raise UserError(
                 f"teacher.{key}: got {value} with teacher.kind {teacher.kind}, which has no "
                 "weights of its own, expected none; leave it out, or set teacher.kind to frozen"
+            )
+    for role, objective in config.objectives.items() if teacher.cache == "topk" else ():
+        if objective.loss not in ("topk_kl", "cross_entropy"):
+            raise UserError(
+                f"objectives.{role}.loss: got {objective.loss} with teacher.cache topk, which "
+                "keeps no hidden rows, expected topk_kl or cross_entropy; change the loss, or set "
+                "teacher.cache to disk"
+            )
+        if (k := objective.options.get("k", 0)) > teacher.topk:  # type: ignore
+            raise UserError(
+                f"objectives.{role}.options: k: got {k}, expected at most teacher.topk, "
+                f"{teacher.topk}; change one of the two"
             )
 
 
@@ -80,14 +94,15 @@ def load(config: TrainConfig, world: World) -> nn.Module:
 
 
 def check_vocabulary(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a frozen teacher to which the student's token ids mean something else.
+    """Refuse a frozen teacher to which the student's token ids mean something else, or nothing.
 
     Args:
         config: the recipe.
         tokenizer: the student's.
 
     Raises:
-        UserError: the folder is missing, or its tokenizer gives a token another id.
+        UserError: the folder is missing, its tokenizer gives a token another id, or one of the
+            heads lacks ids.
     """
     own = settings(config)
     if own.path == config.model.path:
@@ -101,11 +116,16 @@ def check_vocabulary(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) ->
             f"expected {expected.get(token)} as in model.path; choose a teacher with the "
             "student's tokenizer"
         )
+    (_, rows), (_, rows_of_other) = _heads(config)
+    if min(rows, rows_of_other) < len(tokenizer):
+        raise UserError(
+            f"teacher.path: got heads of {rows} (model.path) and {rows_of_other} ids ({own.path}), "
+            f"expected at least the tokenizer's {len(tokenizer)}; choose a teacher with the "
+            "student's vocabulary"
+        )
 
 
-def transforms(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, student: nn.Module
-) -> tuple[LogitTransform, LogitTransform]:
+def transforms(config: TrainConfig, student: nn.Module) -> tuple[LogitTransform, LogitTransform]:
     """What student and teacher do to the output of their heads.
 
     Models of one tokenizer may pad their heads to different sizes: then both are cut to the smaller
@@ -113,35 +133,42 @@ def transforms(
 
     Args:
         config: the recipe; a frozen teacher need not be loaded.
-        tokenizer: the student's.
         student: the student; where it is shared out, all ranks call it.
 
     Raises:
-        UserError: the student's head is not understood, or one of the heads lacks ids.
+        UserError: the student's head is not understood.
     """
-    own = read_logit_transform(student)
+    read_logit_transform(student)  # compares what the configuration says with what the model does
     put_back(student)
-    folder = settings(config).path
-    if folder == config.model.path:
+    return transforms_of_configs(config)
+
+
+def transforms_of_configs(config: TrainConfig) -> tuple[LogitTransform, LogitTransform]:
+    """The same, by the configurations of the models alone.
+
+    Raises:
+        UserError: a folder is missing.
+    """
+    (own, rows), (theirs, rows_of_other) = _heads(config)
+    if rows == rows_of_other:
+        return own, theirs
+    common = min(rows, rows_of_other)
+    return replace(own, vocab_limit=common), replace(theirs, vocab_limit=common)
+
+
+def _heads(config: TrainConfig) -> tuple[tuple[LogitTransform, int], tuple[LogitTransform, int]]:
+    """What student and teacher do to the output of their heads, and how many ids these have."""
+    own = _head_of(config.model.path)
+    if settings(config).path == config.model.path:
         return own, own
     with _teachers_path(config):
-        other = AutoConfig.from_pretrained(model_folder(folder), local_files_only=True)
-    theirs = transform_of_config(other)
-    rows = student.get_output_embeddings().weight.shape[0]  # type: ignore
-    rows_of_other = other.get_text_config().vocab_size
-    sizes = [
-        min(rows, own.vocab_limit or rows),
-        min(rows_of_other, theirs.vocab_limit or rows_of_other),
-    ]
-    if (common := min(sizes)) < len(tokenizer):
-        raise UserError(
-            f"teacher.path: got heads of {sizes[0]} (model.path) and {sizes[1]} ids ({folder}), "
-            f"expected at least the tokenizer's {len(tokenizer)}; choose a teacher with the "
-            "student's vocabulary"
-        )
-    if sizes[0] == sizes[1]:
-        return own, theirs
-    return replace(own, vocab_limit=common), replace(theirs, vocab_limit=common)
+        return own, _head_of(settings(config).path)
+
+
+def _head_of(path: str) -> tuple[LogitTransform, int]:
+    found = AutoConfig.from_pretrained(model_folder(path), local_files_only=True).get_text_config()
+    transform = transform_of_config(found)
+    return transform, min(found.vocab_size, transform.vocab_limit or found.vocab_size)
 
 
 @contextmanager

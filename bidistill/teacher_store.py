@@ -1,17 +1,19 @@
-"""The teacher's rows on disk: 2 H bytes for each answer token, and no teacher while training.
+"""The teacher on disk: a row for each answer token, and no teacher while training.
 
 .. code-block:: text
 
-    rows-000000.safetensors  hidden BF16 (n, H)        answer token by answer token
-    rows-000001.safetensors  ...                       an example's rows lie in one file
-    index.safetensors        key, check, row I64 (E,)  where each example's rows begin, by key
-    head.safetensors         weight (V, H), bias (V,)  only where the student's own head trains
-    store.json               what it was made of; bytes, tensors and checksum of each file
+    rows-000000.safetensors  hidden; or ids, log_probs  answer token by answer token
+    rows-000001.safetensors  ...                        an example's rows lie in one file
+    index.safetensors        key, check, row I64 (E,)   where each example's rows begin, by key
+    head.safetensors         weight (V, H), bias (V,)   beside hidden, unless the student's serves
+    store.json               kind, what it was made of; bytes, tensors and checksum of each file
+
+What a row has, for each kind of store, stands in ``teacher_forms.py``.
 
 An example is found by what the teacher read: a hash of its prompt's and its answer's tokens, of
 which ``key`` and ``check`` are the halves. Its id does not matter.
 
-Legend: E examples, N answer rows of a batch, n rows of a file, H hidden width, V vocabulary.
+Legend: E examples, N answer rows of a batch, H hidden width, K ids, V vocabulary.
 """
 
 import json
@@ -32,9 +34,10 @@ from bidistill.data.loader import Batch
 from bidistill.data.views import Example
 from bidistill.errors import UserError
 from bidistill.files import file_sha256
-from bidistill.models import TeacherRows
+from bidistill.teacher_forms import FORMS
+from bidistill.teacher_rows import TeacherRows, TeacherTopK
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the files change; stores of an older one are made again."""
 HEADER = "store.json"
 INDEX = "index.safetensors"
@@ -43,19 +46,27 @@ ROWS = "rows-{:06}.safetensors"
 OPEN_FILES = 128
 """Files of rows that are mapped at a time; each takes a file descriptor."""
 # bf16 as int16, for NumPy knows none; the bits are what counts
-NUMPY_TYPES = {"BF16": np.dtype("<i2"), "I64": np.dtype("<i8")}
+NUMPY_TYPES = {
+    "BF16": np.dtype("<i2"),
+    "F16": np.dtype("<f2"),
+    "U16": np.dtype("<u2"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+}
 
 
 class TeacherStore:
     """The teacher's rows of every example, on disk; stands where ``HiddenCache`` does.
 
+    It has hidden rows, or the best ids of each row, as its header says.
+
     Files are mapped and their pages given back after each read: resident memory does not grow
     with the rows, only with the part of the index that is looked at, at most 24 bytes an example.
 
-    Precision: the rows are those that the teacher computed, each entry rounded to bf16 and put
-    back into the dtype it had; the rest of the step is exactly as with the teacher in memory, the
-    head included. bf16 keeps 8 bits, so an entry h moves by at most u |h|, u = 2^-8 (half of the
-    spacing 2^-7 of the numbers from 1 to 2), and the logit of a word v by at most
+    Precision of hidden rows: they are those that the teacher computed, each entry rounded to bf16
+    and put back into the dtype it had; the rest of the step is exactly as with the teacher in
+    memory, the head included. bf16 keeps 8 bits, so an entry h moves by at most u |h|, u = 2^-8
+    (half of the spacing 2^-7 of the numbers from 1 to 2), and the logit of a word v by at most
     u sum_k |W_vk h_k|; let d be the largest such change of a row, after the scale of the logits
     and divided by the temperature (a soft-cap only lessens it), and R the range, over the
     vocabulary, of teacher's less student's logits. Then the losses of the row move by at most
@@ -70,6 +81,15 @@ class TeacherStore:
     way that range grows from R to R + 2 d at most. The second is the mean of the changes under q
     less that of the log-sum-exp, both of which lie between -d and d. So a student that still is
     its teacher has a loss a little above zero.
+
+    Precision of best ids: the log-probabilities of the K ids, and of all others together, are
+    rounded to fp16 and made to add up to 1 again. A log-probability a moves by at most u |a|,
+    u = 2^-11 (2^-25 for those nearer to 0 than 2^-14), before they are. That is as if logits of
+    K + 1 outcomes had moved by so much, so the bounds above hold for ``topk_kl`` with a bucket:
+    d is u times the largest |a| of a row, and R the range of teacher's less student's
+    log-probabilities over the outcomes; with ``tail: renormalize``, over the ids alone. The
+    log-probability of the others is kept although it follows from the rest: 1 less a sum of
+    rounded numbers would be off by u times the entropy, more than most tails are.
 
     Args:
         folder: as ``build_rows`` made it.
@@ -91,33 +111,40 @@ class TeacherStore:
             raise UserError(f"{problem}; run bidistill teacher-cache, which makes it again")
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
         files = header["files"]
-        shapes = [t["hidden"]["shape"] for f in files.values() if "hidden" in (t := f["tensors"])]
-        self._firsts = np.cumsum([0, *(count for count, _ in shapes)])
-        self._width = shapes[0][1]
-        self._dtype = getattr(torch, header["computed"])
+        parts = [note["tensors"] for name, note in files.items() if name not in (INDEX, HEAD)]
+        self._columns = {
+            name: (NUMPY_TYPES[t["dtype"]], t["shape"][1]) for name, t in parts[0].items()
+        }
+        counts = [next(iter(tensors.values()))["shape"][0] for tensors in parts]
+        self._firsts = np.cumsum([0, *counts])
+        self._computed = getattr(torch, header["computed"])
+        self._read = FORMS[header["kind"]].read
         self._index = map_tensors(folder / INDEX)[1]
         self._map = lru_cache(OPEN_FILES)(lambda n: map_tensors(folder / ROWS.format(n)))
         head = load_file(folder / HEAD, device=str(device)) if HEAD in files else {}
         self.weight, self.bias = head.get("weight"), head.get("bias")
         self.tokens = int(self._firsts[-1])
         """Answer tokens of all examples."""
-        self.bytes_per_token = 2 * self._width
+        sizes = (dtype.itemsize * width for dtype, width in self._columns.values())
+        self.bytes_per_token = sum(sizes)
         """Of the rows alone, without index and head."""
 
-    def for_batch(self, batch: Batch) -> TeacherRows:
+    def for_batch(self, batch: Batch) -> TeacherRows | TeacherTopK:
         """The rows of a batch, in the order of its packs.
 
         Args:
             batch: of examples whose rows the store has.
 
         Returns:
-            Rows of shape (N, H) in the dtype that the teacher computed them in, and the head.
+            Rows of shape (N, H) in the dtype that the teacher computed them in, and the head; or
+            ids and log-probabilities of shape (N, K).
 
         Raises:
             ValueError: the store has no rows of one of the examples.
         """
         lengths = [len(example.answer_ids) for example in batch.examples]
-        rows = np.empty((sum(lengths), self._width), NUMPY_TYPES["BF16"])
+        shape_of = {name: (sum(lengths), width) for name, (_, width) in self._columns.items()}
+        rows = {name: np.empty(shape_of[name], dtype) for name, (dtype, _) in self._columns.items()}
         end = 0
         for example, length in zip(batch.examples, lengths, strict=True):
             start, end = end, end + length
@@ -125,10 +152,11 @@ class TeacherStore:
             number = int(np.searchsorted(self._firsts, row, side="right")) - 1
             mapped, tensors = self._map(number)
             row -= self._firsts[number]
-            rows[start:end] = tensors["hidden"][row : row + length]
+            for name, column in rows.items():
+                column[start:end] = tensors[name][row : row + length]
             mapped.madvise(mmap.MADV_DONTNEED)
-        hidden = torch.from_numpy(rows).view(torch.bfloat16).to(self._dtype)
-        return TeacherRows(hidden, self.weight, self.bias)
+        columns = {name: _as_tensor(column) for name, column in rows.items()}
+        return self._read(columns, self._computed, (self.weight, self.bias))
 
     def _find(self, example: Example) -> int:
         """First row of an example among all rows."""
@@ -141,6 +169,12 @@ class TeacherStore:
                 "of those that it was made of; make a store of these examples"
             )
         return int(self._index["row"][at])
+
+
+def _as_tensor(column: NDArray[Any]) -> torch.Tensor:
+    """A column of rows, without a copy."""
+    tensor = torch.from_numpy(column)
+    return tensor.view(torch.bfloat16) if column.dtype == NUMPY_TYPES["BF16"] else tensor
 
 
 def key_of(example: Example) -> NDArray[np.int64]:

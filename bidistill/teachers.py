@@ -25,16 +25,17 @@ from bidistill.data.loader import Batch
 from bidistill.data.packing import Packed
 from bidistill.data.store import TokenStore
 from bidistill.data.views import Example
-from bidistill.models import TeacherRows, autocast
+from bidistill.models import autocast
 from bidistill.teacher import HiddenCache, TeacherCache
 from bidistill.teacher_cache import rows_on_disk
+from bidistill.teacher_rows import TeacherRows, TeacherTopK
 from bidistill.world import World
 
 
 class Teacher:
     """Nobody: what the others are to a step, and enough for losses that compare with no teacher."""
 
-    def rows(self, batch: Batch) -> Packed | TeacherRows | None:
+    def rows(self, batch: Batch) -> Packed | TeacherRows | TeacherTopK | None:
         """Rows of a part of a step.
 
         They are computed outside of the autocast of the student's forward: it keeps the weights
@@ -77,7 +78,7 @@ class Kept(Teacher):
         """Keep the cache."""
         self.cache = cache
 
-    def rows(self, batch: Batch) -> TeacherRows:
+    def rows(self, batch: Batch) -> TeacherRows | TeacherTopK:
         """Rows at hand."""
         return self.cache.for_batch(batch)
 
@@ -204,7 +205,7 @@ def frozen(config: TrainConfig, examples: TokenStore, world: World) -> Teacher:
     Raises:
         UserError: the teacher's folder cannot be used, or the folder for rows cannot be written.
     """
-    if config.teacher.cache == "disk":
+    if config.teacher.on_disk:
         return Kept(
             rows_on_disk(config, lambda: teacher_model.load(config, world), examples, world)
         )

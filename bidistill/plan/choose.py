@@ -164,7 +164,7 @@ def _ways(config: TrainConfig, *, offloads: bool) -> list[tuple[str, Way]]:
             ("parallel", {"offload": True}),
         ),
         (
-            config.teacher.kind in ("base", "frozen") and config.teacher.cache != "disk",
+            config.teacher.kind in ("base", "frozen") and not config.teacher.on_disk,
             "teacher.cache=disk",
             ("teacher", {"cache": "disk"}),
         ),

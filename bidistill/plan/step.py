@@ -22,7 +22,6 @@ from bidistill.config import ModelConfig, TrainConfig
 from bidistill.data.loader import Batch
 from bidistill.loading import empty_model
 from bidistill.models import (
-    TeacherRows,
     attach_distill_step,
     autocast,
     base_rows,
@@ -34,6 +33,7 @@ from bidistill.objectives import Objectives, needs_teacher
 from bidistill.plan.tracker import Kind, Tracker
 from bidistill.prepare import sampled
 from bidistill.teacher import frozen_head
+from bidistill.teacher_rows import TeacherRows, TeacherTopK
 from bidistill.teachers import Teacher
 from bidistill.update import make_optimizer, train_step
 from bidistill.world import World
@@ -90,6 +90,8 @@ def memory(
         teacher = _apart(config, batch, tracker, world, place)
         _make_fake(model, tracker.fake, place)
         attach_distill_step(model)
+        if teacher is None and config.teacher.cache == "topk":
+            teacher = BestIds(config, model, tracker)
         if teacher is None and config.teacher.cache != "off":
             teacher = Rows(model, config.model, batch, tracker)
         distributed.shard(model, config.parallel, world, getattr(torch, config.model.dtype))
@@ -125,6 +127,8 @@ def _apart(
         return None
     settings = teacher_model.settings(config)
     model = empty_model(settings, frozen=True)
+    if config.teacher.cache == "topk":
+        return BestIds(config, model, tracker)
     _make_fake(model, tracker.fake, place)
     attach_distill_step(model)
     if config.teacher.cache != "off":
@@ -172,6 +176,32 @@ class Rows(Teacher):
         with self.tracker.of("teacher"):
             hidden = torch.empty(count, self.width, dtype=self.dtype)
         return TeacherRows(hidden, self.weight, self.bias)
+
+
+class BestIds(Teacher):
+    """Stands where a store of the teacher's best ids does; there is no head, and none is held.
+
+    Args:
+        config: the recipe.
+        model: the teacher's, empty.
+        tracker: counts the ids of a batch.
+    """
+
+    def __init__(self, config: TrainConfig, model: Any, tracker: Tracker) -> None:  # noqa: ANN401
+        """Find out how many there are."""
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        self.k, self.tracker = min(config.teacher.topk, vocabulary), tracker
+
+    def rows(self, batch: Batch) -> TeacherTopK:
+        """The ids and log-probabilities of a batch."""
+        shape = sum(len(example.answer_ids) for example in batch.examples), self.k
+        with self.tracker.fake:  # the tracker makes real integers, for others that index
+            ids = torch.zeros(shape, dtype=torch.int64)
+        self.tracker.hold(ids, "teacher")
+        with self.tracker.of("teacher"):
+            # a view of what has one more column, for all other ids
+            values = torch.empty(shape[0], self.k + 1)[:, :-1]
+        return TeacherTopK(ids, values)
 
 
 def _make_fake(model: nn.Module, fake: FakeTensorMode, device: torch.device) -> None:

@@ -104,7 +104,9 @@ def config_of(case: Case, folder: Path) -> TrainConfig:
         ),
         objectives={
             "forget": ObjectiveConfig(loss=case.loss),  # type: ignore
-            "neighbor": ObjectiveConfig(loss="bidirectional_kl", weight=2.0),
+            "neighbor": ObjectiveConfig(
+                loss="topk_kl" if case.loss == "topk_kl" else "bidirectional_kl", weight=2.0
+            ),
         },
         parallel=ParallelConfig(
             shard=case.shard, accumulate=case.accumulate, recompute=case.recompute

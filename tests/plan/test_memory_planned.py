@@ -31,6 +31,10 @@ ALONE = [
     Case("lora", cache="off", teacher="live"),
     Case("full", cache="off", teacher="ema"),
     Case("full", cache="memory", teacher="frozen"),
+    Case("full", cache="topk", loss="topk_kl"),
+    Case("full", cache="topk", loss="topk_kl", teacher="frozen"),
+    Case("lora", cache="topk", loss="topk_kl", dtype="bfloat16"),
+    Case("lora", cache="disk", loss="topk_kl"),
 ]
 SHARED = [
     Case("lora", dtype="bfloat16", cache="off"),
@@ -42,6 +46,7 @@ SHARED = [
     Case("full", cache="off", teacher="frozen"),
     Case("lora", cache="off", teacher="live"),
     Case("full", cache="off", teacher="ema"),
+    Case("full", cache="topk", loss="topk_kl"),
 ]
 
 
@@ -89,6 +94,14 @@ def test_each_kind_is_what_it_says(folder):
     assert memory.most["optimiser"] == pytest.approx(2 * weights, rel=0.001)
     assert memory.most["teacher"] > 4 * 4000 * 128  # the frozen copy of the head
     assert memory.peak["gradients"] < memory.most["gradients"]
+
+
+def test_best_ids_need_no_head(folder):
+    for teacher in ("base", "frozen"):
+        config = config_of(Case("full", cache="topk", loss="topk_kl", teacher=teacher), folder)
+        plan = planner(config).plan(config)
+        k = config.teacher.topk
+        assert plan.memory.most["teacher"] == plan.part.rows * (8 * k + 4 * (k + 1))
 
 
 def test_the_driver_of_an_accelerator_takes_larger_chunks(folder):

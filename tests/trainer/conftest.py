@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+import torch
+from transformers import GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerFast
 
 from bidistill.config import (
     DataConfig,
@@ -29,6 +30,29 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def model_dir(tmp_path_factory, tokenizer) -> Path:
     folder = tmp_path_factory.mktemp("model")
     make_model().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def other_dir(tmp_path_factory, tokenizer) -> Path:
+    """Another architecture, wider, with scaled logits and a padded head; the same tokenizer."""
+    torch.manual_seed(2)
+    settings = GraniteConfig(
+        vocab_size=264,
+        hidden_size=48,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        logits_scaling=4.0,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    folder = tmp_path_factory.mktemp("other")
+    GraniteForCausalLM(settings).eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

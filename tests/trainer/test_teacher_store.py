@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import nn
 
-from bidistill import cli, models, teacher, teacher_build, teacher_store, train
+from bidistill import cli, models, teacher, teacher_build, teacher_forms, teacher_store, train
 from bidistill.config import as_dict
 from bidistill.data.build import build_store
 from bidistill.data.loader import Batch
@@ -28,7 +28,15 @@ from bidistill.models import TeacherRows, adapters_off, hidden_rows
 from bidistill.teacher import HiddenCache, frozen_head
 from bidistill.teacher_build import build_rows
 from bidistill.teacher_cache import place, selected
-from bidistill.teacher_store import HEAD, HEADER, INDEX, TeacherStore, key_of, problem_of
+from bidistill.teacher_store import (
+    FORMAT,
+    HEAD,
+    HEADER,
+    INDEX,
+    TeacherStore,
+    key_of,
+    problem_of,
+)
 from bidistill.world import World
 from bidistill_kernels import linear_bidirectional_kl
 from tests.trainer.test_step import CONTEXTS, fused_step, gradients, make_student
@@ -232,10 +240,10 @@ def test_resident_memory_does_not_grow_with_what_was_read(tmp_path, monkeypatch)
     width, length, count = 4096, 128, 64  # 64 MiB of rows
     monkeypatch.setattr(teacher_build, "FILE_BYTES", 16 << 20)
     monkeypatch.setattr(
-        teacher_build, "teacher_rows", lambda _, pack: [torch.ones(length, width) for _ in pack]
+        teacher_forms, "teacher_rows", lambda _, pack: [torch.ones(length, width) for _ in pack]
     )
     head = nn.Linear(width, 2, bias=False).requires_grad_(False)
-    model: Any = SimpleNamespace(get_output_embeddings=lambda: head, parameters=head.parameters)
+    model: Any = SimpleNamespace(get_output_embeddings=lambda: head, modules=head.modules)
     view = View((1,), "student")
     examples = [
         Example(str(i), "retain", view, view, tuple(range(i, i + length))) for i in range(count)
@@ -308,7 +316,7 @@ def test_sizes_and_headers_are_always_checked(examples, tmp_path, monkeypatch):
         (folder / HEADER).write_text(json.dumps({**header, **change}))
         with pytest.raises(UserError, match=f"{HEADER}: got format"):
             TeacherStore(folder)
-    for text in ("", "[]", "{}", '{"format": 1, "files": 3}'):
+    for text in ("", "[]", "{}", f'{{"format": {FORMAT}, "files": 3}}'):
         (folder / HEADER).write_text(text)
         with pytest.raises(UserError, match=f"{HEADER}: got nothing that can be read"):
             TeacherStore(folder)

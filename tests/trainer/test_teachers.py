@@ -9,12 +9,11 @@ import weakref
 from dataclasses import replace
 from functools import cache
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GraniteConfig, GraniteForCausalLM
+from transformers import GraniteForCausalLM
 
 from bidistill import checkpoint, teacher_model, teachers, train
 from bidistill.config import ObjectiveConfig
@@ -254,29 +253,6 @@ def test_all_weights_train_beside_a_frozen_copy(config):
     assert losses_of(frozen)[-1] < losses_of(frozen)[0]
 
 
-@pytest.fixture(scope="session")
-def other_dir(tmp_path_factory, tokenizer) -> Path:
-    """Another architecture, wider, with scaled logits and a padded head; the same tokenizer."""
-    torch.manual_seed(2)
-    settings = GraniteConfig(
-        vocab_size=264,
-        hidden_size=48,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        logits_scaling=4.0,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    folder = tmp_path_factory.mktemp("other")
-    GraniteForCausalLM(settings).eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("kept", ["off", "memory", "disk"])
 def test_another_model_teaches_by_its_own_head(config, other_dir, kept):
     config = taught(config, "other", kind="frozen", path=str(other_dir), cache=kept)
@@ -389,11 +365,11 @@ def test_another_vocabulary_is_refused(config, other_dir, tmp_path):
 
 
 def test_a_head_without_all_ids_is_refused(config, tokenizer, tmp_path):
-    student = make_model()
     folder = tmp_path / "short"
     short = make_model()
     short.resize_token_embeddings(200)
     short.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     config = taught(config, "short", kind="frozen", path=str(folder))
     with pytest.raises(UserError, match=r"heads of 258 .* and 200 ids .*the tokenizer's 258"):
-        teacher_model.transforms(config, tokenizer, student)
+        teacher_model.check_vocabulary(config, tokenizer)
