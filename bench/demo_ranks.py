@@ -4,7 +4,8 @@
                                     # ranks below runs/ranks, evaluates, prints a table
 
 What is there is not trained again. The ranks share the cores of this machine, so their times are
-no measure of anything.
+no measure of anything. glibc is told to give freed memory back at once, in a single process as in
+ranks, which tell it so themselves: what it keeps would be counted, too.
 """
 
 import argparse
@@ -35,7 +36,10 @@ def train(ranks: int, overrides: list[str]) -> Path:
     command = [sys.executable, "-m", *(launcher if ranks > 1 else []), "bidistill.cli", "train"]
     command += [str(DEMO / "recipe.yaml"), f"output={folder}", *overrides]
     threads = max(1, (os.cpu_count() or 1) // ranks)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "MALLOC_MMAP_THRESHOLD_": "1048576",
+    }
     subprocess.run(command, check=True, cwd=ROOT, env=environment)
     return folder
 
@@ -63,7 +67,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="changes to the recipe, as key=value")
     arguments = parser.parse_args()
     before = json.loads((DEMO / "metrics.json").read_text(encoding="utf-8"))["before"]
-    rows = [row(n, train(n, arguments.overrides), before) for n in arguments.ranks]
+    folders = {ranks: train(ranks, arguments.overrides) for ranks in arguments.ranks}
+    rows = [row(ranks, folder, before) for ranks, folder in folders.items()]
     titles = " | ".join(axis.title for axis in AXES)
     say(f"| ranks | goals met | {titles} | peak of each rank, MiB |")
     say("|---" * (3 + len(AXES)) + "|")

@@ -14,6 +14,7 @@
 What a killed run did after its last checkpoint is done again, and counts once.
 """
 
+import re
 import resource
 import sys
 from pathlib import Path
@@ -24,6 +25,8 @@ from bidistill.files import write_json
 from bidistill.world import World
 
 COST = "cost.json"
+PROCESS = Path("/proc/self/status")
+"""Of Linux."""
 
 
 def write(folder: Path, steps: int, seconds: float, tokens: int, world: World) -> None:
@@ -53,5 +56,8 @@ def peak_bytes() -> int:
     """Most memory that this process had at a time: allocations on CUDA, else its resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if PROCESS.exists():  # what getrusage says begins at the peak of whoever started the process
+        (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", PROCESS.read_text(encoding="ascii"))
+        return 1024 * int(peak)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # KiB, but for macOS
