@@ -15,6 +15,7 @@ units are whole where they are read.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,15 +29,17 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 from bidistill.config import ParallelConfig
 from bidistill.errors import UserError
 from bidistill.models import ROOT_METHODS, unwrapped
+from bidistill.progress import say
 from bidistill.world import World, device
 
 
 def shard(model: nn.Module, config: ParallelConfig, world: World, dtype: torch.dtype) -> None:
-    """Share a model out among the ranks, in place; with one rank nothing changes.
+    """Share a model out among the ranks, in place; with one rank, at most recompute blocks.
 
     Args:
         model: alike on all ranks, whole or on the meta device, with its root methods attached.
@@ -57,6 +60,8 @@ def shard(model: nn.Module, config: ParallelConfig, world: World, dtype: torch.d
     if config.recompute:
         recompute_blocks(model)
     if world.size == 1:
+        if config.offload:
+            say("parallel.offload: does nothing, as one process shares nothing out")
         return
     kind = device().type
     mesh = init_device_mesh(
@@ -99,11 +104,13 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def recompute_blocks(model: nn.Module) -> None:
-    """Keep the inputs of the blocks alone, and run each block again in the backward."""
-    from torch.distributed._composable.checkpoint_activation import checkpoint
+    """Keep the inputs of the blocks alone, and run each block again in each backward.
 
+    The forward is wrapped, not hooked: PyTorch's composable form takes one backward a forward, and
+    combiners take one for each role.
+    """
     for block in blocks(model):
-        checkpoint(block)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def reduce_gradients(model: nn.Module, *, after: bool) -> None:

@@ -49,8 +49,8 @@ def check_flash(dtype: str) -> None:
         )
     if dtype != "bfloat16":
         raise UserError(
-            f"model.attention: got flash with model.dtype {dtype}, expected bfloat16; change that, "
-            f"{instead}"
+            f"model.attention: got flash with weights of {dtype}, expected bfloat16 in "
+            f"model.dtype and teacher.dtype; change that, {instead}"
         )
 
 

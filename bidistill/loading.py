@@ -9,6 +9,7 @@ So no rank holds the whole model on its own, at no time. Adapters start from num
 function of the seed and their place in the model alone.
 """
 
+import json
 import math
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from transformers import (
@@ -31,7 +33,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from bidistill import contrastive, distributed, options
 from bidistill.config import ModelConfig, ParallelConfig
@@ -42,6 +44,8 @@ from bidistill.world import World, device
 
 ATTENTION = "sdpa"
 """Outside of packs; within them our own, see attention.py."""
+UNREADABLE = OSError, ValueError, RuntimeError, SafetensorError
+"""What transformers raises for files that it cannot use."""
 
 
 def load_shared(
@@ -169,14 +173,17 @@ def keys_of(model: nn.Module, path: str | Path) -> dict[str, str] | None:
     Returns:
         The name in the files by the model's own; of tied ones the first that is there. None where
         the files do not give the tensors as they are: renamed, fused, quantised, or of a kind that
-        transformers keeps in fp32.
+        transformers keeps in fp32; or where there are other files, too, with who knows what.
     """
     base = unwrapped(model)
     special = getattr(base.config, "quantization_config", None)
     if special or (base.dtype != torch.float32 and base._keep_in_fp32_modules):
         return None
+    folder = model_folder(path)
+    if {file.name for file in folder.glob("*.safetensors")} != _read_by_transformers(folder):
+        return None
     with _readable(path):
-        stored = HuggingFaceStorageReader(str(model_folder(path))).read_metadata()
+        stored = HuggingFaceStorageReader(str(folder)).read_metadata()
     sizes = {name: entry.size for name, entry in stored.state_dict_metadata.items()}  # type: ignore
     keys: dict[str, str] = {}
     found: dict[int, bool] = {}
@@ -188,6 +195,15 @@ def keys_of(model: nn.Module, path: str | Path) -> dict[str, str] | None:
         if found[id(tensor)]:
             keys[name] = key
     return keys if all(found.values()) else None
+
+
+def _read_by_transformers(folder: Path) -> set[str]:
+    """Names of the files that ``from_pretrained`` takes a model's weights from."""
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return {SAFE_WEIGHTS_NAME}
+    with _readable(folder):
+        index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
+        return set(index["weight_map"].values())
 
 
 def draw_adapters(model: nn.Module, seed: int) -> None:
@@ -249,12 +265,14 @@ def _weights_folder(path: str | Path) -> Path:
 
 
 @contextmanager
-def _readable(path: str | Path) -> Iterator[None]:
-    """Make one line of whatever transformers finds wrong with a model."""
+def _readable(
+    path: str | Path, errors: tuple[type[BaseException], ...] = UNREADABLE
+) -> Iterator[None]:
+    """Make one line of whatever is wrong with a model's files."""
     logging.disable_progress_bar()  # it would mix with our own
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except errors as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"model.path: {path} cannot be loaded ({reason}); expected a model that this version "
@@ -293,7 +311,9 @@ def _fill(model: nn.Module, keys: dict[str, str], path: str | Path) -> None:
     """Read this rank's parts of all tensors that have a key."""
     tensors = unwrapped(model).state_dict(keep_vars=True)
     wanted = {key: tensors[name].detach() for name, key in keys.items()}
-    with _readable(path), warnings.catch_warnings():
+    # not those of ranks that lost each other: the model's files are not to blame
+    errors = OSError, SafetensorError, CheckpointException
+    with _readable(path, errors), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         load_tensors(wanted, storage_reader=HuggingFaceStorageReader(str(model_folder(path))))

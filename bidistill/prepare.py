@@ -6,13 +6,13 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bidistill import contrastive, guards, options, teacher_model, teachers
+from bidistill import contrastive, guards, teacher_model, teachers
 from bidistill.config import TrainConfig, require_objectives
 from bidistill.data.build import build_store
 from bidistill.data.loader import RoleLoader
 from bidistill.data.records import ROLES, Role
 from bidistill.guards import Guard
-from bidistill.loading import load_shared, load_tokenizer, model_folder
+from bidistill.loading import load_shared, load_tokenizer
 from bidistill.models import autocast
 from bidistill.objectives import Objectives, needs_teacher
 from bidistill.teacher import contexts_of
@@ -43,7 +43,7 @@ def prepare(config: TrainConfig, world: World) -> Ready:
     Raises:
         UserError: something in the recipe or the files it names cannot be used.
     """
-    _check(config)
+    check(config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(config.model.path)
@@ -95,9 +95,8 @@ def sampled(config: TrainConfig) -> list[Role]:
     return [role for role in ROLES if config.data.per_step.get(role)]
 
 
-def _check(config: TrainConfig) -> None:
+def check(config: TrainConfig) -> None:
     """Refuse what each part of the recipe allows, but not together."""
     require_objectives(config)
-    options.check(config.model, model_folder(config.model.path))
     teacher_model.check(config)
     Objectives(config.objectives)  # their options, before rows are computed for long

@@ -52,8 +52,8 @@ def build_rows(
 ) -> None:
     """Run the teacher over all examples and write its rows; the folder appears when it is whole.
 
-    The ranks meet twice: before rank 0 writes the header, and once the folder has its name. A
-    rank that fails leaves the others waiting until whoever started them ends them, as torchrun
+    The ranks meet at every pack, before rank 0 writes the header, and once the folder has its name.
+    A rank that fails leaves the others waiting until whoever started them ends them, as torchrun
     does.
 
     Args:

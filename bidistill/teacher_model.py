@@ -12,6 +12,7 @@ from dataclasses import replace
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from bidistill import options
 from bidistill.config import ModelConfig, TrainConfig
 from bidistill.distributed import put_back
 from bidistill.errors import UserError
@@ -22,14 +23,17 @@ from bidistill_kernels import LogitTransform
 
 
 def check(config: TrainConfig) -> None:
-    """Refuse what a kind of teacher cannot do.
+    """Refuse what a kind of teacher cannot do, and options that it or the student cannot have.
 
     Raises:
-        UserError: rows are to be kept that change with the student, or would be lost if they were
-            not kept; or a folder or a dtype is given for a teacher that has no weights of its own;
-            or a loss needs more than is kept of the rows.
+        UserError: an option for speed cannot be had; rows are to be kept that change with the
+            student, or would be lost if they were not kept; a folder or a dtype is given for a
+            teacher that has no weights of its own; or a loss needs more than is kept of the rows.
     """
-    teacher = config.teacher
+    teacher, own = config.teacher, settings(config)
+    options.check(config.model, model_folder(config.model.path))
+    with _teachers_path(config):
+        options.check(own, model_folder(own.path))
     if teacher.kind in ("live", "ema") and teacher.cache != "off":
         raise UserError(
             f"teacher.cache: got {teacher.cache} with teacher.kind {teacher.kind}, whose rows "

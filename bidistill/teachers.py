@@ -206,16 +206,16 @@ def frozen(config: TrainConfig, examples: TokenStore, world: World) -> Teacher:
         UserError: the teacher's folder cannot be used, or the folder for rows cannot be written.
     """
     if config.teacher.on_disk:
-        return Kept(
-            rows_on_disk(config, lambda: teacher_model.load(config, world), examples, world)
-        )
+        rows = rows_on_disk(config, lambda: teacher_model.load(config, world), examples, world)
+        gc.collect()  # hooks and root methods are cycles
+        return Kept(rows)
     settings, model = teacher_model.settings(config), teacher_model.load(config, world)
     if config.teacher.cache == "off":
         return Frozen(model, settings)
     with autocast(settings, model):
         kept = Kept(HiddenCache(model, used(examples, config), own_head=True))
     del model
-    gc.collect()  # hooks and root methods are cycles
+    gc.collect()
     return kept
 
 

@@ -128,7 +128,13 @@ def join() -> World:
             "with torchrun"
         )
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        here, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if here >= there:
+            raise UserError(
+                f"LOCAL_RANK: got {here} with {there} CUDA devices, expected a device for each "
+                "process; start fewer on this machine"
+            )
+        torch.cuda.set_device(here)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
     if backend == "gloo":

@@ -15,7 +15,7 @@ from bidistill.errors import UserError
 from bidistill.loading import load_tokenizer
 from bidistill.plan.choose import Planner
 from bidistill.plan.table import as_json, as_text
-from bidistill.prepare import _check, sampled
+from bidistill.prepare import check, sampled
 from bidistill.progress import say
 from bidistill.teacher import contexts_of
 
@@ -45,7 +45,7 @@ def main(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("plan: got several ranks, expected one; leave torchrun out, give --world")
-    _check(config)
+    check(config)
     store = build_store(
         config.data.train,
         load_tokenizer(config.model.path),

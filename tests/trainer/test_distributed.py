@@ -138,6 +138,15 @@ def test_combined_gradients_equal_those_of_the_whole_run(
 
 
 @pytest.mark.parametrize("training", ["lora", "full"])
+@pytest.mark.parametrize("combine", ["pcgrad", "mgda"])
+def test_blocks_are_run_again_for_each_role(ranks, training, combine):
+    case = Case(training, accumulate=2, recompute=True, combine=combine)
+    expected = whole(Case(training, combine=combine))
+    assert_equal(cut.train(case, World()), expected, 1e-9)
+    assert_equal(ranks(2).run(cut.run, case)[0], expected, 1e-9)
+
+
+@pytest.mark.parametrize("training", ["lora", "full"])
 def test_bf16_is_as_near_as_rounding_lets_it(ranks, training):
     case = Case(training, tied=False, dtype="bfloat16", double=False)
     found = ranks(2).run(cut.run, case)[0]

@@ -101,6 +101,27 @@ def rename(folder):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def test_files_that_are_not_the_models_play_no_part(ranks, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    stale = {name: 2 * t for name, t in load_file(tmp_path / "model.safetensors").items()}
+    save_file(stale, tmp_path / "old-model.safetensors", metadata={"format": "pt"})
+    config = ModelConfig(path=str(tmp_path), adapter=LoraSettings(rank=2))
+    expected, *_ = state_of(load_model(config, seed=3))
+    for (tensors, *_), _ in ranks.run(loaded, config, ParallelConfig()):
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_all_files_of_an_index_are_read(ranks, tmp_path, files):
+    make_model().save_pretrained(tmp_path, max_shard_size="1GB" if files == 1 else "40KB")
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (files > 1)
+    config = ModelConfig(path=str(tmp_path), adapter=LoraSettings(rank=2))
+    expected, *_ = state_of(load_model(config, seed=3))
+    for (tensors, *_), said in ranks.run(loaded, config, ParallelConfig()):
+        assert not said
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+
+
 def test_other_names_in_the_files(ranks, tmp_path):
     make_model().save_pretrained(tmp_path)
     rename(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bidistill import flash, options, train
+from bidistill import flash, options, teacher_cache, train
 from bidistill.attention import NAME, packed_attention, use_packed_attention
 from bidistill.config import LoraSettings, ModelConfig
 from bidistill.data.packing import Segment, pack
@@ -182,7 +182,7 @@ FLASH = {"attention": "flash", "dtype": "bfloat16"}
         (
             FLASH | {"dtype": "float32"},
             with_cuda,
-            r"attention: got flash with model\.dtype float32",
+            r"attention: got flash with weights of float32",
         ),
     ],
 )
@@ -190,10 +190,19 @@ def test_refused_before_anything_is_loaded(config, monkeypatch, tmp_path, model,
     machine(monkeypatch)
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")  # nothing to be loaded
     config = replace(config, model=replace(config.model, path=str(tmp_path), **model))
-    with pytest.raises(UserError, match=rf"model\.{message}") as caught:
-        train.main(config)
-    assert "\n" not in str(caught.value)
+    for run in train.main, teacher_cache.main:
+        with pytest.raises(UserError, match=rf"model\.{message}") as caught:
+            run(config)
+        assert "\n" not in str(caught.value)
     assert not config.output.exists()
+
+
+def test_a_frozen_teacher_must_have_the_options_too(config, monkeypatch):
+    with_cuda(monkeypatch)
+    teacher = replace(config.teacher, kind="frozen", dtype="float32")
+    config = replace(config, model=replace(config.model, **FLASH), teacher=teacher)
+    with pytest.raises(UserError, match=r"got flash with weights of float32.* teacher\.dtype"):
+        train.main(config)
 
 
 @pytest.mark.skipif(PEERS is None, reason="PEERS names no folder with liger-kernel")

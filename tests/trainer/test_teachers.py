@@ -4,6 +4,7 @@ The reference takes one example at a time, with whole logits, and keeps the teac
 model: the student's copy, a copy whose weights are averaged by hand, or another model altogether.
 """
 
+import gc
 import json
 import weakref
 from dataclasses import replace
@@ -16,10 +17,12 @@ from safetensors.torch import load_file
 from transformers import GraniteForCausalLM
 
 from bidistill import checkpoint, teacher_model, teachers, train
+from bidistill import prepare as prepare_module
 from bidistill.config import ObjectiveConfig
 from bidistill.data.loader import RoleLoader
 from bidistill.data.views import build_examples
 from bidistill.errors import UserError
+from bidistill.loading import load_shared
 from bidistill.objectives import LOSSES, Objectives
 from bidistill.prepare import prepare
 from bidistill.world import World
@@ -297,9 +300,19 @@ def test_a_frozen_model_goes_when_its_rows_are_kept(config, monkeypatch, kept):
 
     monkeypatch.setattr(teacher_model, "load", watched)
     config = taught(config, "frozen", kind="frozen", cache=kept)
-    ready = prepare(config, World())
+
+    def before_the_student(*arguments):
+        assert [reference() for reference in loaded] == [None] * len(loaded)
+        return load_shared(*arguments)
+
+    monkeypatch.setattr(prepare_module, "load_shared", before_the_student)
+    gc.disable()  # it might come by chance
+    try:
+        ready = prepare(config, World())
+    finally:
+        gc.enable()
     assert ready.teacher is not None
-    assert [reference() for reference in loaded] == [None]
+    assert len(loaded) == 1
     again = prepare(config, World())  # on disk they are found, and nothing is loaded
     assert again.teacher is not None
     assert len(loaded) == (1 if kept == "disk" else 2)
