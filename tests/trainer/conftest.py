@@ -18,6 +18,7 @@ from bidistill.config import (
 )
 from bidistill.data.readers import write_records
 from bidistill.data.records import Record
+from tests.trainer.ranks import Ranks
 from tests.trainer.tiny import SHOTS, make_model, make_tokenizer
 
 
@@ -103,3 +104,18 @@ def config(tmp_path, model_dir, records) -> TrainConfig:
         checkpoint_every=2,
         output=tmp_path / "run",
     )
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """So many ranks, started when they are first asked for."""
+    started = {}
+
+    def ask(size):
+        if size not in started or not started[size].alive:
+            started[size] = Ranks(size)
+        return started[size]
+
+    yield ask
+    for group in started.values():
+        group.stop()

@@ -26,28 +26,12 @@ from bidistill.world import World
 from tests.support import OWN_ERROR
 from tests.trainer import cut
 from tests.trainer.cut import Case
-from tests.trainer.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
 MODELS = [("lora", True), ("lora", False), ("full", True), ("full", False)]
 MODELS += [("full, head frozen", False)]
 EXACT = 1e-12
 """Of fp64: sums are taken in another order."""
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    """So many ranks, started when they are first asked for."""
-    started = {}
-
-    def ask(size):
-        if size not in started or not started[size].alive:
-            started[size] = Ranks(size)
-        return started[size]
-
-    yield ask
-    for group in started.values():
-        group.stop()
 
 
 @cache

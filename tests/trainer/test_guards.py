@@ -26,7 +26,6 @@ from bidistill.settings import check
 from bidistill.world import World
 from tests.trainer import cut, cut_guards
 from tests.trainer.cut import Case
-from tests.trainer.ranks import Ranks
 from tests.trainer.test_step import logits_of
 from tests.trainer.test_train import (
     WEIGHTS,
@@ -42,21 +41,6 @@ from tests.trainer.tiny import make_model
 
 KINDS = [("lora", True), ("lora, head too", True), ("lora, head too", False)]
 KINDS += [("full", True), ("full", False), ("full, head frozen", False)]
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    """So many ranks, started when they are first asked for."""
-    started = {}
-
-    def ask(size):
-        if size not in started or not started[size].alive:
-            started[size] = Ranks(size)
-        return started[size]
-
-    yield ask
-    for group in started.values():
-        group.stop()
 
 
 def plain_kl(base, student, examples):

@@ -11,7 +11,6 @@ from bidistill_kernels import LogitTransform
 from tests.kernels import parts
 from tests.kernels.parts import Call
 from tests.support import assert_close
-from tests.trainer.ranks import Ranks
 
 LOSSES = ("forward_kl", "reverse_kl", "kl_and_ce", "jsd", "jsd_0.1", "cross_entropy")
 EXACT = 1e-12
@@ -19,21 +18,6 @@ EXACT = 1e-12
 CAPPED = LogitTransform(scale=1.5, softcap=8.0, temperature=2.0, vocab_limit=90)
 
 each_size = pytest.mark.parametrize("size", [2, 4])
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    """So many ranks, started when they are first asked for."""
-    started = {}
-
-    def ask(size):
-        if size not in started or not started[size].alive:
-            started[size] = Ranks(size)
-        return started[size]
-
-    yield ask
-    for group in started.values():
-        group.stop()
 
 
 def together(ranks, size, calls):
