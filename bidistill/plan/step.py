@@ -16,6 +16,7 @@ from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools import fake_collectives  # noqa: F401 - collectives take fakes
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers.integrations import moe
 
 from bidistill import attention, checkpoint, distributed, models, teacher_model, teachers
 from bidistill.config import ModelConfig, TrainConfig
@@ -26,8 +27,6 @@ from bidistill.models import (
     autocast,
     base_rows,
     own_rows,
-    transform_of_config,
-    unwrapped,
 )
 from bidistill.objectives import Objectives, needs_teacher
 from bidistill.plan.tracker import Kind, Tracker
@@ -80,9 +79,8 @@ def memory(
     device = torch.device(target if torch.cuda.is_available() else "cpu")
     model = empty_model(config.model)
     apart = () if config.combine == "sum" else sampled(config)
-    transform = transform_of_config(unwrapped(model).config)
-    chunk = config.parallel.chunk_bytes
-    objectives = Objectives(config.objectives, transform, apart, chunk_bytes=chunk)
+    own, theirs = teacher_model.transforms_of_configs(config)
+    objectives = Objectives(config.objectives, own, apart, theirs, config.parallel.chunk_bytes)
     offloads = config.parallel.offload and world.size > 1 and target != "cpu"
     tracker = Tracker(FakeTensorMode(allow_non_fake_inputs=True), OFFLOADED if offloads else ())
     with _stand_ins(tracker, target, device), _alone_among(world):
@@ -126,7 +124,8 @@ def _apart(
     if config.teacher.kind != "frozen":
         return None
     settings = teacher_model.settings(config)
-    model = empty_model(settings, frozen=True)
+    with teacher_model._teachers_path(config):
+        model = empty_model(settings, frozen=True)
     if config.teacher.cache == "topk":
         return BestIds(config, model, tracker)
     _make_fake(model, tracker.fake, place)
@@ -257,6 +256,8 @@ def _stand_ins(tracker: Tracker, target: str, device: torch.device) -> Iterator[
     with (
         # it copies tensors of other types than Tensor, for which a compiler plans memory
         mock.patch.object(_ops, "scaled", lambda saved, factor: saved.detach()),
+        # products of experts: the other way to take them makes the same tensors, fakes of any dtype
+        mock.patch.object(moe, "_can_use_grouped_mm", return_value=False),
         mock.patch.object(_loss, "settings", chosen),
         mock.patch.object(_loss, "as_autocast", cast),
         mock.patch.object(models, "base_rows", counted(base_rows)),
