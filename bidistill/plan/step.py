@@ -13,7 +13,12 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.distributed._tools import fake_collectives  # noqa: F401 - collectives take fakes
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers.integrations import moe
@@ -21,6 +26,7 @@ from transformers.integrations import moe
 from bidistill import attention, checkpoint, distributed, models, teacher_model, teachers
 from bidistill.config import ModelConfig, TrainConfig
 from bidistill.data.loader import Batch
+from bidistill.errors import UserError
 from bidistill.loading import empty_model
 from bidistill.models import (
     attach_distill_step,
@@ -74,7 +80,8 @@ def memory(
             followed as on the CPU, and the losses by the rules of an accelerator.
 
     Raises:
-        UserError: the model cannot be made, or not be shared out as the recipe wants it.
+        UserError: the model cannot be made, or not be shared out as the recipe wants it; or the
+            sizes of its tensors are known to a real step alone.
     """
     device = torch.device(target if torch.cuda.is_available() else "cpu")
     model = empty_model(config.model)
@@ -83,7 +90,7 @@ def memory(
     objectives = Objectives(config.objectives, own, apart, theirs, config.parallel.chunk_bytes)
     offloads = config.parallel.offload and world.size > 1 and target != "cpu"
     tracker = Tracker(FakeTensorMode(allow_non_fake_inputs=True), OFFLOADED if offloads else ())
-    with _stand_ins(tracker, target, device), _alone_among(world):
+    with _named(config), _stand_ins(tracker, target, device), _alone_among(world):
         place = torch.device("cpu") if offloads else device
         teacher = _apart(config, batch, tracker, world, place)
         _make_fake(model, tracker.fake, place)
@@ -256,8 +263,7 @@ def _stand_ins(tracker: Tracker, target: str, device: torch.device) -> Iterator[
     with (
         # it copies tensors of other types than Tensor, for which a compiler plans memory
         mock.patch.object(_ops, "scaled", lambda saved, factor: saved.detach()),
-        # products of experts: the other way to take them makes the same tensors, fakes of any dtype
-        mock.patch.object(moe, "_can_use_grouped_mm", return_value=False),
+        mock.patch.object(moe, "_grouped_mm", _product_of_experts),
         mock.patch.object(_loss, "settings", chosen),
         mock.patch.object(_loss, "as_autocast", cast),
         mock.patch.object(models, "base_rows", counted(base_rows)),
@@ -267,6 +273,29 @@ def _stand_ins(tracker: Tracker, target: str, device: torch.device) -> Iterator[
             yield
         finally:
             attention._square_mask.cache_clear()
+
+
+@contextmanager
+def _named(config: TrainConfig) -> Iterator[None]:
+    """Make one line of what fakes cannot do."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise UserError(
+            f"model.path: got {config.model.path}, where sizes depend on the values of tensors "
+            f"({error.func}), expected one whose sizes do not; it cannot be planned, train a few "
+            "steps of it instead"
+        ) from None
+
+
+def _product_of_experts(tokens: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+    """What transformers' product of each token with its expert's weights makes, on fakes.
+
+    All tokens go to the first expert, as nobody knows whose they are: the shapes are the same, and
+    so is what the backward keeps. PyTorch's own knows fakes of bf16 alone.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        return tokens.to(weights.dtype) @ weights[0]
 
 
 @contextmanager

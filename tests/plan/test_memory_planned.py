@@ -36,7 +36,7 @@ ALONE = [
     Case("lora", cache="topk", loss="topk_kl", dtype="bfloat16"),
     Case("lora", cache="disk", loss="topk_kl"),
     Case("full", experts=4, dtype="bfloat16"),
-    Case("full", experts=4),
+    Case("full", experts=4, recompute=True),
     Case("full", recompute=True, combine="pcgrad"),
     Case("lora", recompute=True, combine="pcgrad"),
 ]

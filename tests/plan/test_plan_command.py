@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from transformers import LlamaConfig, T5Config
+from transformers import LlamaConfig, Qwen3MoeConfig, T5Config
 
 from bidistill.cli import main
 from bidistill.config import as_dict
@@ -138,6 +138,16 @@ def test_a_teacher_that_is_no_causal_model_is_named(recipe, tmp_path, capsys):
     write_config(tmp_path / "other", T5Config(vocab_size=4000))
     assert run(recipe, "teacher.kind=frozen", f"teacher.path={tmp_path / 'other'}") == 2
     assert f"error: teacher.path: {tmp_path / 'other'} cannot be loaded" in capsys.readouterr().err
+
+
+def test_sizes_that_no_plan_knows(recipe, tmp_path, capsys):
+    """Experts one by one, as a config may ask for: how many tokens each gets is not known."""
+    experts = {"num_experts": 4, "experts_implementation": "eager"}
+    write_config(tmp_path / "model", Qwen3MoeConfig(**SIZES))
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **experts}), "utf-8")
+    assert run(recipe, f"model.path={tmp_path / 'model'}", "model.adapter=null") == 2
+    assert "it cannot be planned" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["model.attention=flash"], ["model.liger=true"]])
