@@ -30,6 +30,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -148,9 +149,8 @@ def empty_model(config: ModelConfig, *, frozen: bool = False) -> PreTrainedModel
     Raises:
         UserError: as in :func:`load_model`, but that weights are not looked for.
     """
-    folder = model_folder(config.path)
+    folder, settings = model_folder(config.path), settings_of(config.path)
     with _readable(config.path), init_empty_weights(include_buffers=False):
-        settings = AutoConfig.from_pretrained(folder, local_files_only=True)
         model = AutoModelForCausalLM.from_config(
             settings,
             dtype=_dtype(config, frozen),
@@ -251,6 +251,17 @@ def model_folder(path: str | Path) -> Path:
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path: {path} holds no config.json; expected a transformers model")
     return folder
+
+
+def settings_of(path: str | Path) -> PreTrainedConfig:
+    """What the config.json in a folder says of a model.
+
+    Raises:
+        UserError: the folder or the file is missing, or the model is of an unknown kind.
+    """
+    folder = model_folder(path)
+    with _readable(path):
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
 def _weights_folder(path: str | Path) -> Path:

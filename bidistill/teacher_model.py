@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from bidistill import options
 from bidistill.config import ModelConfig, TrainConfig
 from bidistill.distributed import put_back
 from bidistill.errors import UserError
-from bidistill.loading import load_shared, load_tokenizer, model_folder
+from bidistill.loading import load_shared, load_tokenizer, model_folder, settings_of
 from bidistill.models import read_logit_transform, transform_of_config
 from bidistill.world import World
 from bidistill_kernels import LogitTransform
@@ -32,7 +32,7 @@ def check(config: TrainConfig) -> None:
     """
     teacher, own = config.teacher, settings(config)
     options.check(config.model, model_folder(config.model.path))
-    with _teachers_path(config):
+    with named_teachers_path(config):
         options.check(own, model_folder(own.path))
     if teacher.kind in ("live", "ema") and teacher.cache != "off":
         raise UserError(
@@ -89,7 +89,7 @@ def load(config: TrainConfig, world: World) -> nn.Module:
         UserError: the folder is missing or holds no model that can be used.
     """
     own = settings(config)
-    with _teachers_path(config):
+    with named_teachers_path(config):
         parallel = replace(config.parallel, recompute=False)  # there is no backward
         model = load_shared(own, parallel, world, frozen=True)
         read_logit_transform(model)  # refuses a model whose head it does not understand
@@ -111,7 +111,7 @@ def check_vocabulary(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) ->
     own = settings(config)
     if own.path == config.model.path:
         return
-    with _teachers_path(config):
+    with named_teachers_path(config):
         found, expected = load_tokenizer(own.path).get_vocab(), tokenizer.get_vocab()
     if odd := sorted(found.items() ^ expected.items()):
         token = odd[0][0]
@@ -165,18 +165,18 @@ def _heads(config: TrainConfig) -> tuple[tuple[LogitTransform, int], tuple[Logit
     own = _head_of(config.model.path)
     if settings(config).path == config.model.path:
         return own, own
-    with _teachers_path(config):
+    with named_teachers_path(config):
         return own, _head_of(settings(config).path)
 
 
 def _head_of(path: str) -> tuple[LogitTransform, int]:
-    found = AutoConfig.from_pretrained(model_folder(path), local_files_only=True).get_text_config()
+    found = settings_of(path).get_text_config()
     transform = transform_of_config(found)
     return transform, min(found.vocab_size, transform.vocab_limit or found.vocab_size)
 
 
 @contextmanager
-def _teachers_path(config: TrainConfig) -> Iterator[None]:
+def named_teachers_path(config: TrainConfig) -> Iterator[None]:
     """Name the right key where the folder of a frozen teacher cannot be used."""
     try:
         yield

@@ -6,14 +6,17 @@ that counts what is allocated (`tracker`), on the longest part of a step that th
 how close that comes.
 """
 
+import math
 import os
+from dataclasses import replace
 
+from bidistill import teacher_model
 from bidistill.config import TrainConfig
 from bidistill.data.build import build_store
 from bidistill.data.store import Selection
 from bidistill.errors import UserError
 from bidistill.loading import load_tokenizer
-from bidistill.plan.choose import Planner
+from bidistill.plan.choose import BF16, Planner
 from bidistill.plan.table import as_json, as_text
 from bidistill.prepare import check, sampled
 from bidistill.progress import say
@@ -45,10 +48,18 @@ def main(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("plan: got several ranks, expected one; leave torchrun out, give --world")
+    if not math.isfinite(memory_gib):
+        raise UserError(
+            f"--gpu-mem: got {memory_gib}, expected GiB of one device; give a number such as 80"
+        )
+    if target == "cuda":
+        config = _plain(config)
     check(config)
+    tokenizer = load_tokenizer(config.model.path)
+    teacher_model.check_vocabulary(config, tokenizer)
     store = build_store(
         config.data.train,
-        load_tokenizer(config.model.path),
+        tokenizer,
         contexts_of(config.teacher),
         max_answer_tokens=config.data.max_answer_tokens,
         folder=config.data.cache,
@@ -62,3 +73,18 @@ def main(
     changes = [] if fits else planner.advise(chosen, limit)
     say((as_json if in_json else as_text)(given, chosen, changes, limit))
     return fits
+
+
+def _plain(config: TrainConfig) -> TrainConfig:
+    """The recipe without what runs on an accelerator alone, as none need be here.
+
+    Raises:
+        UserError: it could not have it on any.
+    """
+    model = config.model
+    if model.attention == "flash" and model.dtype != BF16:
+        raise UserError(
+            f"model.attention: got flash with model.dtype {model.dtype}, expected {BF16}; change "
+            "that, or set model.attention to auto"
+        )
+    return replace(config, model=replace(model, attention="auto", liger=False))

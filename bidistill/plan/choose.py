@@ -9,8 +9,10 @@ import torch
 from bidistill.config import LoraSettings, TrainConfig
 from bidistill.data.loader import Batch
 from bidistill.data.views import Example
+from bidistill.errors import UserError
 from bidistill.plan.longest import Part, longest
 from bidistill.plan.step import Memory, memory
+from bidistill.progress import track
 from bidistill.world import World
 from bidistill_kernels import _backends
 
@@ -32,7 +34,7 @@ class Change(NamedTuple):
     """Something else to change in a recipe."""
 
     what: str
-    """As a word of the command line, or in words."""
+    """As words of the command line."""
     plan: Plan
 
 
@@ -81,23 +83,28 @@ class Planner:
             limit: bytes.
 
         Returns:
-            The choice; if nothing fits, the one that comes closest.
+            The choice; if nothing fits, the smallest of all that were tried, the recipe as it is
+            among them.
         """
         chunks = self._chunks(config)
+        tried: list[Plan] = []
 
         def planned(parts: int, chunk: int | None) -> Plan:
             parallel = replace(config.parallel, accumulate=parts, chunk_bytes=chunk)
-            return self.plan(replace(config, parallel=parallel))
+            tried.append(self.plan(replace(config, parallel=parallel)))
+            return tried[-1]
 
         def fits(parts: int, chunk: int | None) -> bool:
             return planned(parts, chunk).memory.total <= limit
 
+        # one part by itself: a second one comes to the gradients of the first, and may take more
+        for chunk in chunks:
+            if fits(1, chunk):
+                return tried[-1]
         most = max(1, sum(config.data.per_step.values()) // self.ranks)
-        if fits(1, chunks[0]):
-            return planned(1, chunks[0])
         if not fits(most, chunks[-1]):
-            return planned(most, chunks[-1])
-        few = smallest(1, most, lambda parts: fits(parts, chunks[-1]))
+            return min([*tried, self.plan(config)], key=lambda plan: plan.memory.total)
+        few = smallest(2, most, lambda parts: fits(parts, chunks[-1]))
         return planned(few, next(chunk for chunk in chunks if fits(few, chunk)))
 
     def _chunks(self, config: TrainConfig) -> list[int | None]:
@@ -121,15 +128,25 @@ class Planner:
             The changes that save something, the one that saves most first.
         """
         ways = _ways(plan.config, offloads=self.ranks > 1 and self.target != "cpu")
-        changes = [Change(what, self.plan(_changed(plan.config, way))) for what, way in ways]
-        changes = [c for c in changes if c.plan.memory.total < plan.memory.total]
+        changes: list[Change] = []
+        for what, way in track(ways, len(ways), "plan changes"):
+            self._try(changes, plan, what, _changed(plan.config, way))
         if len(changes) > 1 and all(c.plan.memory.total > limit for c in changes):
             config, saving = plan.config, {change.what for change in changes}
             for what, way in ways:
                 config = _changed(config, way) if what in saving else config
             words = " ".join(what for what, _ in ways if what in saving)
-            changes.append(Change(words, self.plan(config)))
+            self._try(changes, plan, words, config)
         return sorted(changes, key=lambda change: change.plan.memory.total)
+
+    def _try(self, changes: list[Change], plan: Plan, what: str, config: TrainConfig) -> None:
+        """Add a change to the others if it saves something over a plan."""
+        try:
+            changed = self.plan(config)
+        except UserError:
+            return  # not of this model: its layers may have other names than the usual ones
+        if changed.memory.total < plan.memory.total:
+            changes.append(Change(what, changed))
 
 
 def smallest(first: int, last: int, enough: Callable[[int], bool]) -> int:
@@ -170,7 +187,7 @@ def _ways(config: TrainConfig, *, offloads: bool) -> list[tuple[str, Way]]:
         ),
         (
             config.model.adapter is None,
-            "model.adapter={rank: 16}",
+            f"model.adapter.rank={LoraSettings().rank}",
             ("model", {"adapter": LoraSettings()}),
         ),
         (config.model.dtype != BF16, f"model.dtype={BF16}", ("model", {"dtype": BF16})),

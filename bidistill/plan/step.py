@@ -4,32 +4,20 @@ The trainer's own code runs, from the sharding of the model to the optimiser, on
 weights have shapes and no memory, and on a process group that has this rank and no other.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed._tools import fake_collectives  # noqa: F401 - collectives take fakes
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from bidistill import attention, checkpoint, distributed, models, teacher_model, teachers
+from bidistill import checkpoint, distributed, teacher_model, teachers
 from bidistill.config import ModelConfig, TrainConfig
 from bidistill.data.loader import Batch
 from bidistill.loading import empty_model
-from bidistill.models import (
-    attach_distill_step,
-    autocast,
-    base_rows,
-    own_rows,
-    transform_of_config,
-    unwrapped,
-)
+from bidistill.models import attach_distill_step, autocast, base_rows
 from bidistill.objectives import Objectives, needs_teacher
+from bidistill.plan.stand_ins import alone_among, plannable, stand_ins
 from bidistill.plan.tracker import Kind, Tracker
 from bidistill.prepare import sampled
 from bidistill.teacher import frozen_head
@@ -37,8 +25,6 @@ from bidistill.teacher_rows import TeacherRows, TeacherTopK
 from bidistill.teachers import Teacher
 from bidistill.update import make_optimizer, train_step
 from bidistill.world import World
-from bidistill_kernels import _backends, _loss, _ops
-from bidistill_kernels._checks import Side
 
 OFFLOADED: tuple[Kind, ...] = ("parameters", "gradients", "optimiser")
 """Kinds that ``parallel.offload`` keeps in the host's memory."""
@@ -75,17 +61,17 @@ def memory(
             followed as on the CPU, and the losses by the rules of an accelerator.
 
     Raises:
-        UserError: the model cannot be made, or not be shared out as the recipe wants it.
+        UserError: the model cannot be made, or not be shared out as the recipe wants it; or the
+            sizes of its tensors are known to a real step alone.
     """
     device = torch.device(target if torch.cuda.is_available() else "cpu")
     model = empty_model(config.model)
     apart = () if config.combine == "sum" else sampled(config)
-    transform = transform_of_config(unwrapped(model).config)
-    chunk = config.parallel.chunk_bytes
-    objectives = Objectives(config.objectives, transform, apart, chunk_bytes=chunk)
+    own, theirs = teacher_model.transforms_of_configs(config)
+    objectives = Objectives(config.objectives, own, apart, theirs, config.parallel.chunk_bytes)
     offloads = config.parallel.offload and world.size > 1 and target != "cpu"
     tracker = Tracker(FakeTensorMode(allow_non_fake_inputs=True), OFFLOADED if offloads else ())
-    with _stand_ins(tracker, target, device), _alone_among(world):
+    with plannable(config), stand_ins(tracker, target, device), alone_among(world):
         place = torch.device("cpu") if offloads else device
         teacher = _apart(config, batch, tracker, world, place)
         _make_fake(model, tracker.fake, place)
@@ -126,7 +112,8 @@ def _apart(
     if config.teacher.kind != "frozen":
         return None
     settings = teacher_model.settings(config)
-    model = empty_model(settings, frozen=True)
+    with teacher_model.named_teachers_path(config):
+        model = empty_model(settings, frozen=True)
     if config.teacher.cache == "topk":
         return BestIds(config, model, tracker)
     _make_fake(model, tracker.fake, place)
@@ -228,54 +215,3 @@ def _fill_moments(optimizer: torch.optim.Optimizer, tracker: Tracker) -> None:
             for name, make in checkpoint.MOMENTS.items():
                 state[name] = make(parameter.detach())
                 tracker.hold(state[name], "optimiser")
-
-
-@contextmanager
-def _stand_ins(tracker: Tracker, target: str, device: torch.device) -> Iterator[None]:
-    """Let the losses take fakes, and as much room as on the device that is meant."""
-    settings, as_autocast = _loss.settings, _loss.as_autocast
-
-    def chosen(hidden: Tensor, backend: str, chunk_bytes: int | None) -> tuple[str, int]:
-        if target == device.type:
-            return settings(hidden, backend, chunk_bytes)
-        return "triton", chunk_bytes or _backends.sizes("triton", target).chunk_bytes
-
-    def cast(side: Side) -> Side:
-        if target == device.type or side.weight is None or not torch.is_autocast_enabled("cpu"):
-            return as_autocast(side)
-        halves = side.hidden.to(torch.bfloat16), side.weight.to(torch.bfloat16)
-        return side._replace(hidden=halves[0], weight=halves[1])
-
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-            with tracker.of("teacher"):
-                return function(*args, **kwargs)
-
-        return run
-
-    attention._square_mask.cache_clear()  # real masks; and none of ours may stay
-    with (
-        # it copies tensors of other types than Tensor, for which a compiler plans memory
-        mock.patch.object(_ops, "scaled", lambda saved, factor: saved.detach()),
-        mock.patch.object(_loss, "settings", chosen),
-        mock.patch.object(_loss, "as_autocast", cast),
-        mock.patch.object(models, "base_rows", counted(base_rows)),
-        mock.patch.object(models, "own_rows", counted(own_rows)),
-    ):
-        try:
-            yield
-        finally:
-            attention._square_mask.cache_clear()
-
-
-@contextmanager
-def _alone_among(world: World) -> Iterator[None]:
-    """A process group of so many ranks, of which only this one is there."""
-    if world.size == 1:
-        yield
-        return
-    dist.init_process_group("fake", store=FakeStore(), rank=world.rank, world_size=world.size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

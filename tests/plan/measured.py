@@ -9,7 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from bidistill import checkpoint
 from bidistill.config import (
@@ -51,23 +58,38 @@ class Case(NamedTuple):
     combine: str = "sum"
     loss: str = "bidirectional_kl"
     teacher: str = "base"
+    experts: int = 0
+    """0: layers of one kind."""
 
 
-def write_model(folder: Path, tied: bool) -> None:
-    """Three layers, and a vocabulary that makes logits large beside them."""
-    config = LlamaConfig(
-        vocab_size=4000,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+SIZES: dict[str, Any] = {
+    "vocab_size": 4000,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+"""Three layers, and a vocabulary that makes logits large beside them."""
+
+
+def write_model(folder: Path, tied: bool, experts: int) -> None:
+    """A model of those sizes, in whose layers two of several experts see a token, if there are."""
+    settings: dict[str, Any] = {**SIZES, "tie_word_embeddings": tied}
+    model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**settings))
+    if experts:
+        settings |= {"num_experts_per_tok": 2, "moe_intermediate_size": 128, "head_dim": 32}
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(num_experts=experts, **settings))
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
+def write_config(folder: Path, config: PreTrainedConfig) -> None:
+    """What a plan reads of a model."""
+    config.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
 
 
@@ -84,9 +106,9 @@ def records() -> list[Record]:
 
 def config_of(case: Case, folder: Path) -> TrainConfig:
     """The recipe of a case; its files are written into the folder if they are not there."""
-    model = folder / ("tied" if case.tied else "untied")
+    model = folder / f"{'tied' if case.tied else 'untied'}{case.experts or ''}"
     if not model.exists():
-        write_model(model, case.tied)
+        write_model(model, case.tied, case.experts)
     data = folder / "train.jsonl"
     write_records(data, records())
     return TrainConfig(

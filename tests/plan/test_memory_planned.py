@@ -35,6 +35,10 @@ ALONE = [
     Case("full", cache="topk", loss="topk_kl", teacher="frozen"),
     Case("lora", cache="topk", loss="topk_kl", dtype="bfloat16"),
     Case("lora", cache="disk", loss="topk_kl"),
+    Case("full", experts=4, dtype="bfloat16"),
+    Case("full", experts=4, recompute=True),
+    Case("full", recompute=True, combine="pcgrad"),
+    Case("lora", recompute=True, combine="pcgrad"),
 ]
 SHARED = [
     Case("lora", dtype="bfloat16", cache="off"),
