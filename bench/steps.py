@@ -40,8 +40,8 @@ from bidistill.errors import UserError
 from bidistill.loading import load_base
 from bidistill.models import TeacherRows, add_adapter, attach_distill_step, hidden_rows
 from bidistill.objectives import Objectives
-from bidistill.teachers import Base as AdaptersOff
-from bidistill.teachers import Kept, Teacher
+from bidistill.teacher.kinds import Base as AdaptersOff
+from bidistill.teacher.kinds import Kept, Teacher
 from bidistill.update import make_optimizer, train_step
 
 SEED = 0

@@ -24,7 +24,7 @@ from bidistill.demo.facts import general, places, refusal
 from bidistill.loading import load_base, load_tokenizer
 from bidistill.models import hidden_rows
 from bidistill.pretrained import smollm2
-from bidistill.teacher import chunks
+from bidistill.teacher.compute import chunks
 from bidistill_kernels import (
     LogitTransform,
     TopK,

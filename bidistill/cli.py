@@ -164,7 +164,7 @@ def teacher_check(recipe: Path, overrides: Sequence[str], probes: Path | None) -
     from bidistill.config import load_config
 
     config = load_config(recipe, overrides)
-    from bidistill.teacher_check import check_main
+    from bidistill.teacher.check import check_main
 
     check_main(config, probes=probes)
 
@@ -189,7 +189,7 @@ def teacher_cache(recipe: Path, overrides: Sequence[str], check: bool) -> None:
     from bidistill.config import load_config
 
     config = load_config(recipe, overrides)
-    from bidistill.teacher_cache import main
+    from bidistill.teacher.cache import main
 
     main(config, check=check)
 

@@ -35,7 +35,7 @@ from bidistill.files import write_json
 from bidistill.models import TeacherRows, autocast, compute_device, without_dropout
 from bidistill.objectives import Objectives
 from bidistill.progress import say
-from bidistill.teacher import CHUNK_TOKENS, frozen_head
+from bidistill.teacher.compute import CHUNK_TOKENS, frozen_head
 from bidistill.world import World
 from bidistill_kernels import LogitTransform
 

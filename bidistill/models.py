@@ -30,7 +30,7 @@ from bidistill.config import LoraSettings, ModelConfig
 from bidistill.data.packing import Packed
 from bidistill.errors import UserError
 from bidistill.head import augmented
-from bidistill.teacher_rows import TeacherRows, TeacherTopK
+from bidistill.teacher.rows import TeacherRows, TeacherTopK
 from bidistill.world import device
 from bidistill_kernels import LogitTransform
 

@@ -22,7 +22,7 @@ from bidistill.data.packing import Packed
 from bidistill.data.records import ROLES, Role, nearest
 from bidistill.data.views import Example
 from bidistill.errors import UserError
-from bidistill.teacher_rows import TeacherRows, TeacherTopK
+from bidistill.teacher.rows import TeacherRows, TeacherTopK
 from bidistill.topk import topk_kl
 from bidistill_kernels import (
     LogitTransform,

@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bidistill import contrastive, guards, teacher_model, teachers
+from bidistill import contrastive, guards
 from bidistill.config import TrainConfig, require_objectives
 from bidistill.data.build import build_store
 from bidistill.data.loader import RoleLoader
@@ -15,9 +15,11 @@ from bidistill.guards import Guard
 from bidistill.loading import load_shared, load_tokenizer
 from bidistill.models import autocast
 from bidistill.objectives import Objectives, needs_teacher
-from bidistill.teacher import contexts_of
-from bidistill.teacher_cache import rows_on_disk
-from bidistill.teachers import Kept, Teacher
+from bidistill.teacher import kinds as teachers
+from bidistill.teacher import model as teacher_model
+from bidistill.teacher.cache import rows_on_disk
+from bidistill.teacher.compute import contexts_of
+from bidistill.teacher.kinds import Kept, Teacher
 from bidistill.world import World
 
 

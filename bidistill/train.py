@@ -38,7 +38,7 @@ from bidistill.loading import empty_model
 from bidistill.objectives import Objectives
 from bidistill.prepare import Ready, prepare
 from bidistill.progress import say, track
-from bidistill.teachers import Teacher
+from bidistill.teacher.kinds import Teacher
 from bidistill.update import make_optimizer, train_step
 from bidistill.world import World, join
 

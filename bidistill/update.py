@@ -22,7 +22,7 @@ from bidistill.data.records import ROLES
 from bidistill.models import autocast
 from bidistill.moved import Watch
 from bidistill.objectives import Objectives, StepLoss, StepResult
-from bidistill.teachers import Teacher
+from bidistill.teacher.kinds import Teacher
 from bidistill.world import World
 
 

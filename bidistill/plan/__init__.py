@@ -10,7 +10,6 @@ import math
 import os
 from dataclasses import replace
 
-from bidistill import teacher_model
 from bidistill.config import TrainConfig
 from bidistill.data.build import build_store
 from bidistill.data.store import Selection
@@ -20,7 +19,8 @@ from bidistill.plan.choose import BF16, Planner
 from bidistill.plan.table import as_json, as_text
 from bidistill.prepare import check, sampled
 from bidistill.progress import say
-from bidistill.teacher import contexts_of
+from bidistill.teacher import model as teacher_model
+from bidistill.teacher.compute import contexts_of
 
 HEADROOM = 0.05
 """Share of a device's memory that is left alone: the driver's own, and what the allocator cannot

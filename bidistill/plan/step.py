@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from bidistill import checkpoint, distributed, teacher_model, teachers
+from bidistill import checkpoint, distributed
 from bidistill.config import ModelConfig, TrainConfig
 from bidistill.data.loader import Batch
 from bidistill.loading import empty_model
@@ -20,9 +20,11 @@ from bidistill.objectives import Objectives, needs_teacher
 from bidistill.plan.stand_ins import alone_among, plannable, stand_ins
 from bidistill.plan.tracker import Kind, Tracker
 from bidistill.prepare import sampled
-from bidistill.teacher import frozen_head
-from bidistill.teacher_rows import TeacherRows, TeacherTopK
-from bidistill.teachers import Teacher
+from bidistill.teacher import kinds as teachers
+from bidistill.teacher import model as teacher_model
+from bidistill.teacher.compute import frozen_head
+from bidistill.teacher.kinds import Teacher
+from bidistill.teacher.rows import TeacherRows, TeacherTopK
 from bidistill.update import make_optimizer, train_step
 from bidistill.world import World
 

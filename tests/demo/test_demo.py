@@ -14,7 +14,7 @@ from bidistill.demo.facts import FORGET, general, places, refusal
 from bidistill.demo.run import _config, _prepare
 from bidistill.errors import UserError
 from bidistill.evaluation.detectors import refuses, says_fact
-from bidistill.teacher import contexts_of
+from bidistill.teacher.compute import contexts_of
 from tests.trainer.tiny import make_model, make_tokenizer
 
 

@@ -34,8 +34,8 @@ from bidistill.data.records import Record
 from bidistill.loading import load_tokenizer
 from bidistill.plan.choose import Planner
 from bidistill.prepare import prepare
-from bidistill.teacher import contexts_of
-from bidistill.teachers import Frozen, Kept, Teacher
+from bidistill.teacher.compute import contexts_of
+from bidistill.teacher.kinds import Frozen, Kept, Teacher
 from bidistill.update import make_optimizer, train_step
 from bidistill.world import join
 from tests.kernels.test_memory import peak_bytes

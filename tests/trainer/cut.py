@@ -28,8 +28,8 @@ from bidistill.data.views import Message, build_examples
 from bidistill.errors import UserError
 from bidistill.models import add_adapter, attach_distill_step
 from bidistill.objectives import Objectives
-from bidistill.teacher import HiddenCache
-from bidistill.teachers import Base, Kept, Teacher
+from bidistill.teacher.compute import HiddenCache
+from bidistill.teacher.kinds import Base, Kept, Teacher
 from bidistill.update import make_optimizer, train_step
 from bidistill.world import World, join
 from tests.support import Wide

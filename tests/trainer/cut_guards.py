@@ -17,7 +17,7 @@ from bidistill.guards import KLGuard
 from bidistill.models import attach_distill_step
 from bidistill.objectives import Objectives
 from bidistill.prepare import prepare
-from bidistill.teachers import Base
+from bidistill.teacher.kinds import Base
 from bidistill.train import main
 from bidistill.update import make_optimizer, train_step
 from bidistill.world import World, join

@@ -7,10 +7,10 @@ from unittest import mock
 from bidistill.config import ObjectiveConfig
 from bidistill.data.records import Role
 from bidistill.data.views import build_examples
-from bidistill.teacher_build import build_rows
-from bidistill.teacher_forms import Best
-from bidistill.teacher_store import TeacherStore
-from bidistill.teachers import Kept, Teacher
+from bidistill.teacher.build import build_rows
+from bidistill.teacher.forms import Best
+from bidistill.teacher.kinds import Kept, Teacher
+from bidistill.teacher.store import TeacherStore
 from bidistill.world import World, join
 from bidistill_kernels import LogitTransform
 from tests.trainer import cut
@@ -39,7 +39,7 @@ def run(case: Case, folder: Path, alone: bool = False) -> Outcome:
         return Kept(TeacherStore(folder, verify=True))
 
     with (
-        mock.patch("bidistill.teacher_build.FILE_BYTES", 50 * (4 * K + 2)),
+        mock.patch("bidistill.teacher.compute.build.FILE_BYTES", 50 * (4 * K + 2)),
         mock.patch.object(cut, "OBJECTIVES", OBJECTIVES),
     ):
         return cut.train(case, World() if alone else join(), make)

@@ -13,7 +13,7 @@ from bidistill import checkpoint, circumstances, run_folder, train
 from bidistill.checkpoint_writer import Writer
 from bidistill.config import OptimConfig, ParallelConfig
 from bidistill.errors import UserError
-from bidistill.teachers import Ema
+from bidistill.teacher.kinds import Ema
 from bidistill.update import make_optimizer
 from bidistill.world import World
 from tests.trainer import cut, cut_teachers

@@ -24,7 +24,7 @@ from bidistill.data.loader import Batch
 from bidistill.data.views import build_examples
 from bidistill.gradients import cosines, gram, role_gradients
 from bidistill.objectives import Objectives, StepResult
-from bidistill.teacher import HiddenCache
+from bidistill.teacher.compute import HiddenCache
 from tests.trainer.test_step import CONTEXTS, OBJECTIVES, make_student
 from tests.trainer.test_train import full, log_of, weights_of
 

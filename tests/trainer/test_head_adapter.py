@@ -29,7 +29,7 @@ from bidistill.models import (
     attach_distill_step,
     hidden_rows,
 )
-from bidistill.teacher import HiddenCache
+from bidistill.teacher.compute import HiddenCache
 from bidistill.world import World
 from tests.trainer import cut
 from tests.trainer.cut import Case

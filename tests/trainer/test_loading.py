@@ -16,12 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bidistill import distributed, teacher_build, train
+from bidistill import distributed, train
 from bidistill.config import LINEAR_LAYERS, LoraSettings, ModelConfig, ParallelConfig
 from bidistill.data.views import build_examples
 from bidistill.loading import load_base, load_model, load_shared
 from bidistill.models import unwrapped
 from bidistill.prepare import prepare
+from bidistill.teacher import build as teacher_build
 from bidistill.world import join
 from tests.trainer.cut import CONTEXTS, records
 from tests.trainer.ranks import Ranks

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bidistill import flash, options, teacher_cache, train
+from bidistill import flash, options, train
 from bidistill.attention import NAME, packed_attention, use_packed_attention
 from bidistill.config import LoraSettings, ModelConfig
 from bidistill.data.packing import Segment, pack
@@ -19,6 +19,7 @@ from bidistill.errors import UserError
 from bidistill.flash import FLASH_NAME, flash_attention
 from bidistill.loading import empty_model, load_model
 from bidistill.models import backbone, hidden_rows, unwrapped
+from bidistill.teacher import cache as teacher_cache
 from tests.test_attention import SEQUENCES, dense_attention
 from tests.trainer.tiny import make_model
 

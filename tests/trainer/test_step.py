@@ -18,7 +18,7 @@ from bidistill.data.views import Message, build_examples
 from bidistill.errors import UserError
 from bidistill.models import TeacherRows, adapters_off, add_adapter, attach_distill_step
 from bidistill.objectives import Objectives, needs_teacher
-from bidistill.teacher import HiddenCache
+from bidistill.teacher.compute import HiddenCache
 from tests.trainer.tiny import SHOTS, make_model, randomise_adapters
 
 CONTEXTS: dict[Role, Sequence[Message]] = {"forget": SHOTS, "adversarial": SHOTS}
@@ -144,7 +144,7 @@ def test_cache_equals_live_teacher(batch):
 def test_cache_chunks_do_not_matter(batch, monkeypatch):
     model = make_student("lora")
     whole = HiddenCache(model, batch.examples).for_batch(batch).hidden
-    monkeypatch.setattr("bidistill.teacher.CHUNK_TOKENS", 60)
+    monkeypatch.setattr("bidistill.teacher.compute.CHUNK_TOKENS", 60)
     parts = HiddenCache(model, batch.examples).for_batch(batch).hidden
     torch.testing.assert_close(parts, whole, rtol=1e-9, atol=1e-10)
 

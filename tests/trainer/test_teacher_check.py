@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from bidistill import teacher_check
 from bidistill.data.records import Record
 from bidistill.errors import UserError
 from bidistill.evaluation.probes import Probe, write_probes
-from bidistill.teacher import contexts_of
+from bidistill.teacher import check as teacher_check
+from bidistill.teacher.compute import contexts_of
 from tests.trainer.tiny import SHOTS
 
 CONTEXTS = {"forget": SHOTS, "adversarial": SHOTS, "neighbor": (), "retain": ()}

@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import nn
 
-from bidistill import cli, models, teacher, teacher_build, teacher_forms, teacher_store, train
+from bidistill import cli, models, train
 from bidistill.config import as_dict
 from bidistill.data.build import build_store
 from bidistill.data.loader import Batch
@@ -25,10 +25,14 @@ from bidistill.data.views import Example, View, build_examples
 from bidistill.errors import UserError
 from bidistill.loading import load_base
 from bidistill.models import TeacherRows, adapters_off, hidden_rows
-from bidistill.teacher import HiddenCache, frozen_head
-from bidistill.teacher_build import build_rows
-from bidistill.teacher_cache import place, selected
-from bidistill.teacher_store import (
+from bidistill.teacher import build as teacher_build
+from bidistill.teacher import compute as teacher
+from bidistill.teacher import forms as teacher_forms
+from bidistill.teacher import store as teacher_store
+from bidistill.teacher.build import build_rows
+from bidistill.teacher.cache import place, selected
+from bidistill.teacher.compute import HiddenCache, frozen_head
+from bidistill.teacher.store import (
     FORMAT,
     HEAD,
     HEADER,
@@ -350,11 +354,11 @@ OTHER_RANK = """
 import sys
 from pathlib import Path
 import torch, torch.distributed as dist
-from bidistill import teacher_build
+from bidistill.teacher import build as teacher_build
 from bidistill.data.loader import Batch
 from bidistill.data.store import TokenStore
 from bidistill.loading import load_base
-from bidistill.teacher_store import TeacherStore
+from bidistill.teacher.store import TeacherStore
 from bidistill.world import World
 
 meet, threads, file_bytes, model, tokens, folder = sys.argv[1:]

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GraniteForCausalLM
 
-from bidistill import checkpoint, teacher_model, teachers, train
+from bidistill import checkpoint, train
 from bidistill import prepare as prepare_module
 from bidistill.config import ObjectiveConfig
 from bidistill.data.loader import RoleLoader
@@ -25,6 +25,8 @@ from bidistill.errors import UserError
 from bidistill.loading import load_shared
 from bidistill.objectives import LOSSES, Objectives
 from bidistill.prepare import prepare
+from bidistill.teacher import kinds as teachers
+from bidistill.teacher import model as teacher_model
 from bidistill.world import World
 from bidistill_kernels import LogitTransform
 from tests.trainer import cut, cut_teachers
@@ -341,7 +343,7 @@ REFUSED = {
 def test_rows_that_change_are_not_kept(config, kind, message, tmp_path, capsys):
     with pytest.raises(UserError, match=message):
         train.main(taught(config, "refused", kind=kind))
-    from bidistill.teacher_cache import main
+    from bidistill.teacher.cache import main
 
     with pytest.raises(UserError, match=f"got disk with teacher.kind {kind}"):
         main(taught(config, "refused", kind=kind, cache="off"))

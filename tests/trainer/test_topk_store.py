@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from bidistill import cli, models, teacher_cache, teacher_model, train
+from bidistill import cli, models, train
 from bidistill.config import ObjectiveConfig, as_dict
 from bidistill.data.loader import Batch
 from bidistill.data.views import build_examples
@@ -20,10 +20,12 @@ from bidistill.errors import UserError
 from bidistill.models import adapters_off, attach_distill_step
 from bidistill.objectives import Objectives
 from bidistill.prepare import prepare
-from bidistill.teacher import HiddenCache
-from bidistill.teacher_build import build_rows
-from bidistill.teacher_forms import Best
-from bidistill.teacher_store import INDEX, TeacherStore
+from bidistill.teacher import cache as teacher_cache
+from bidistill.teacher import model as teacher_model
+from bidistill.teacher.build import build_rows
+from bidistill.teacher.compute import HiddenCache
+from bidistill.teacher.forms import Best
+from bidistill.teacher.store import INDEX, TeacherStore
 from bidistill.world import World
 from bidistill_kernels import LogitTransform
 from tests.trainer import cut_topk

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from bidistill import checkpoint, train
 from bidistill.config import OptimConfig, TeacherConfig, as_dict
 from bidistill.errors import UserError
-from bidistill.teacher import HiddenCache
+from bidistill.teacher.compute import HiddenCache
 from bidistill.update import learning_rate
 
 WEIGHTS = {"adapter": "adapter_model.safetensors", "model": "model.safetensors"}

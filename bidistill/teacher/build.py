@@ -9,7 +9,7 @@ How the rows are cut into files depends on the examples, bytes a row and ``FILE_
 each file is computed by itself. So on machines of one kind the bytes are the same whatever the
 number of ranks; another processor, or another number of threads, may round a last bit differently.
 
-What a row has is a matter of the store's form, see ``teacher_forms.py``. Legend: E examples.
+What a row has is a matter of the store's form, see ``forms.py``. Legend: E examples.
 """
 
 from array import array
@@ -31,9 +31,9 @@ from bidistill.distributed import put_back
 from bidistill.errors import UserError
 from bidistill.files import atomic_path, write_json
 from bidistill.progress import track
-from bidistill.teacher import chunks
-from bidistill.teacher_forms import Form, Hidden
-from bidistill.teacher_store import FORMAT, HEAD, HEADER, INDEX, ROWS, describe, key_of, problem_of
+from bidistill.teacher.compute import chunks
+from bidistill.teacher.forms import Form, Hidden
+from bidistill.teacher.store import FORMAT, HEAD, HEADER, INDEX, ROWS, describe, key_of, problem_of
 from bidistill.world import World
 
 FILE_BYTES = 64 << 20

@@ -19,7 +19,6 @@ import torch
 import transformers
 from torch import nn
 
-from bidistill import teacher_model
 from bidistill.config import TrainConfig
 from bidistill.data.build import build_store
 from bidistill.data.store import Selection, TokenStore
@@ -29,10 +28,11 @@ from bidistill.files import file_sha256, user_cache
 from bidistill.loading import load_shared, load_tokenizer, model_folder
 from bidistill.models import autocast, read_logit_transform
 from bidistill.progress import say
-from bidistill.teacher import contexts_of
-from bidistill.teacher_build import build_rows
-from bidistill.teacher_forms import Best, Form, Hidden
-from bidistill.teacher_store import FORMAT, TeacherStore, problem_of
+from bidistill.teacher import model as teacher_model
+from bidistill.teacher.build import build_rows
+from bidistill.teacher.compute import contexts_of
+from bidistill.teacher.forms import Best, Form, Hidden
+from bidistill.teacher.store import FORMAT, TeacherStore, problem_of
 from bidistill.world import World, device, join
 
 

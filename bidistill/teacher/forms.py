@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from bidistill.data.views import Example
-from bidistill.teacher import frozen_head, run_teacher, teacher_rows
-from bidistill.teacher_rows import TeacherRows, TeacherTopK
+from bidistill.teacher.compute import frozen_head, run_teacher, teacher_rows
+from bidistill.teacher.rows import TeacherRows, TeacherTopK
 from bidistill_kernels import LogitTransform, topk_log_probs
 
 Head: TypeAlias = tuple[Tensor | None, Tensor | None]

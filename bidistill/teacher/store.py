@@ -8,7 +8,7 @@
     head.safetensors         weight (V, H), bias (V,)   beside hidden, unless the student's serves
     store.json               kind, what it was made of; bytes, tensors and checksum of each file
 
-What a row has, for each kind of store, stands in ``teacher_forms.py``.
+What a row has, for each kind of store, stands in ``forms.py``.
 
 An example is found by what the teacher read: a hash of its prompt's and its answer's tokens, of
 which ``key`` and ``check`` are the halves. Its id does not matter.
@@ -34,8 +34,8 @@ from bidistill.data.loader import Batch
 from bidistill.data.views import Example
 from bidistill.errors import UserError
 from bidistill.files import file_sha256
-from bidistill.teacher_forms import FORMS
-from bidistill.teacher_rows import TeacherRows, TeacherTopK
+from bidistill.teacher.forms import FORMS
+from bidistill.teacher.rows import TeacherRows, TeacherTopK
 
 FORMAT = 2
 """Raised when the files change; stores of an older one are made again."""

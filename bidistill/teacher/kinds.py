@@ -19,16 +19,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from bidistill import checkpoint, distributed, teacher_model
+from bidistill import checkpoint, distributed
 from bidistill.config import ModelConfig, TrainConfig
 from bidistill.data.loader import Batch
 from bidistill.data.packing import Packed
 from bidistill.data.store import TokenStore
 from bidistill.data.views import Example
 from bidistill.models import autocast
-from bidistill.teacher import HiddenCache, TeacherCache
-from bidistill.teacher_cache import rows_on_disk
-from bidistill.teacher_rows import TeacherRows, TeacherTopK
+from bidistill.teacher import model as teacher_model
+from bidistill.teacher.cache import rows_on_disk
+from bidistill.teacher.compute import HiddenCache, TeacherCache
+from bidistill.teacher.rows import TeacherRows, TeacherTopK
 from bidistill.world import World
 
 

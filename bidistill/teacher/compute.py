@@ -2,8 +2,8 @@
 
 Its last hidden states at the answer rows are all that a loss needs; logits are never stored. They
 are computed in each step, or, where the teacher does not change, once before the first step and
-kept, in memory (:class:`HiddenCache`) or on disk (``teacher_store.TeacherStore``), which gives the
-same rows, or the best ids of each. Who the teacher is stands in ``teachers.py``.
+kept, in memory (:class:`HiddenCache`) or on disk (``teacher.store.TeacherStore``), which gives the
+same rows, or the best ids of each. Who the teacher is stands in ``kinds.py``.
 
 Legend: N answer rows, H hidden width, V vocabulary.
 """
@@ -22,7 +22,7 @@ from bidistill.data.views import Example, Message
 from bidistill.distributed import put_back, whole
 from bidistill.models import base_rows
 from bidistill.progress import track
-from bidistill.teacher_rows import TeacherRows, TeacherTopK
+from bidistill.teacher.rows import TeacherRows, TeacherTopK
 
 CHUNK_TOKENS = 8192
 """Tokens in one forward while the cache is filled, at most; shared prefixes make it fewer."""

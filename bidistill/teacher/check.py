@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bidistill import teacher_model
 from bidistill.config import TrainConfig
 from bidistill.data.readers import read_records
 from bidistill.data.records import FORGETTING, ROLES, Record, Role
@@ -22,7 +21,8 @@ from bidistill.evaluation.probes import Probe, read_probes
 from bidistill.loading import load_base, load_tokenizer
 from bidistill.models import adapters_off
 from bidistill.progress import say
-from bidistill.teacher import contexts_of
+from bidistill.teacher import model as teacher_model
+from bidistill.teacher.compute import contexts_of
 
 QUESTIONS_PER_ROLE = 24
 """Questions of each role that the check asks, at most."""
