@@ -39,7 +39,7 @@ def run(case: Case, folder: Path, alone: bool = False) -> Outcome:
         return Kept(TeacherStore(folder, verify=True))
 
     with (
-        mock.patch("bidistill.teacher.compute.build.FILE_BYTES", 50 * (4 * K + 2)),
+        mock.patch("bidistill.teacher.build.FILE_BYTES", 50 * (4 * K + 2)),
         mock.patch.object(cut, "OBJECTIVES", OBJECTIVES),
     ):
         return cut.train(case, World() if alone else join(), make)
