@@ -79,6 +79,12 @@ def test_equals_the_whole_run(ranks, training, tied, size, shard, accumulate):
     assert max(o.largest_part for o in outcomes) < 1.1 * share
 
 
+@pytest.mark.parametrize(("training", "tied"), MODELS)
+def test_a_step_in_four_parts_is_the_whole_step(training, tied):
+    found = cut.train(Case(training, tied, accumulate=4), World())
+    assert_equal(found, whole(Case(training, tied)))
+
+
 @pytest.mark.parametrize(
     "case",
     [
