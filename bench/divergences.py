@@ -21,8 +21,8 @@ from bidistill.config import ObjectiveConfig
 from bidistill.data.packing import Packed
 from bidistill.data.records import ROLES, Role
 from bidistill.data.views import Example
-from bidistill.models import TeacherRows
 from bidistill.objectives import Objectives, StepLoss, StepResult
+from bidistill.teacher.rows import TeacherRows
 
 LOSS = "bidirectional_kl"
 KL = ObjectiveConfig(loss=LOSS)

@@ -38,10 +38,11 @@ from bidistill.data.records import Role
 from bidistill.data.views import Example, View
 from bidistill.errors import UserError
 from bidistill.loading import load_base
-from bidistill.models import TeacherRows, add_adapter, attach_distill_step, hidden_rows
+from bidistill.models import add_adapter, attach_distill_step, hidden_rows
 from bidistill.objectives import Objectives
 from bidistill.teacher.kinds import Base as AdaptersOff
 from bidistill.teacher.kinds import Kept, Teacher
+from bidistill.teacher.rows import TeacherRows
 from bidistill.update import make_optimizer, train_step
 
 SEED = 0

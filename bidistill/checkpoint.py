@@ -17,6 +17,7 @@ number of ranks, or another way of sharing out the model, makes no difference.
 """
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -36,10 +37,10 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from bidistill.errors import UserError
-from bidistill.files import write_json
+from bidistill.files import flush, write_json
 from bidistill.world import World
 
-PATTERN, TEMPORARY = "step-*", ".step-*.tmp"
+NAME, TEMPORARY = re.compile(r"step-(\d{6,})"), ".step-*.tmp"
 STATE = "state.json"
 MOMENTS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "exp_avg": torch.zeros_like,
@@ -110,8 +111,6 @@ def write(
         UserError: some rank could not write; raised on all of them, and nothing is left behind.
     """
     path = at(folder, state["step"])
-    if path.exists():  # complete, as only complete ones carry the name; the run came here before
-        return path
     temporary = folder / f".{path.name}.tmp"  # a name that all ranks know
     try:
         with _together(world, path):
@@ -124,7 +123,7 @@ def write(
         with _together(world, path):
             if world.first:
                 write_json(temporary / STATE, {**state, "files": _sizes(temporary)})
-                temporary.rename(path)
+                _publish(temporary, path)
                 _prune(folder, keep, protect)
     except UserError:
         if world.first:
@@ -144,11 +143,30 @@ def clear(folder: Path) -> None:
         shutil.rmtree(left)
 
 
+def numbered(folder: Path) -> dict[int, Path]:
+    """The complete checkpoints in ``folder`` by their steps, in order; other names are not ours."""
+    matches = ((NAME.fullmatch(path.name), path) for path in folder.glob("step-*"))
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Give a whole checkpoint its name, on the disk before older ones may go.
+
+    One of that name, of a run that went on from before it, is replaced.
+    """
+    flush(temporary / STATE)
+    flush(temporary)
+    old = path.rename(temporary.with_name(f".{path.name}.old.tmp")) if path.exists() else None
+    temporary.rename(path)
+    flush(path.parent)
+    if old:
+        shutil.rmtree(old)
+
+
 def _prune(folder: Path, keep: int, protect: int | None) -> None:
     """Delete all but the latest ``keep`` checkpoints and that of the step to ``protect``."""
-    protected = None if protect is None else at(folder, protect)
-    for old in sorted(folder.glob(PATTERN))[:-keep]:
-        if old != protected:
+    for step, old in list(numbered(folder).items())[:-keep]:
+        if step != protect:
             shutil.rmtree(old.rename(folder / f".{old.name}.tmp"))  # never half of one by its name
 
 
@@ -169,7 +187,7 @@ def _together(world: World, path: Path) -> Iterator[None]:
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint in ``folder``, or None."""
-    return max(folder.glob(PATTERN), default=None)
+    return next(reversed(numbered(folder).values()), None)
 
 
 def load(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from bidistill import checkpoint
-from bidistill.world import World
+from bidistill.world import World, device
 
 
 class Writer:
@@ -47,7 +47,7 @@ class Writer:
         self.folder = folder
         self.keep = keep
         self.world = world or World()
-        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint", _same_device) if background else None
         self._its_world = self.world.alongside() if background else self.world
         self._copier = DefaultStager(StagingOptions(False, False, False, False))
         self._in_flight: Future[Path] | None = None
@@ -112,3 +112,9 @@ class Writer:
         with self._open:
             if kind is None:
                 self.finish()
+
+
+def _same_device() -> None:
+    """Let a thread use the accelerator of its process, and not the first one there is."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())

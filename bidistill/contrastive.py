@@ -14,7 +14,7 @@ the mean square of an entry of x_k. With C = E[x_k x_k^T] + ridge s^2 I = L L^T 
 under the same constraint; this is its form for a whole subspace, with any loss on top.
 
 Cost: one forward over the examples, and per layer input of width D a moment and a Cholesky factor
-of (D, D), which ranks that train together share: each looks at every so manieth layer.
+of (D, D), which ranks that train together share: each looks at some of the layers.
 
 Legend: F forget tokens, D width of a layer's input, R rank.
 """
@@ -80,7 +80,7 @@ def initialise(
         x_FD = torch.cat(inputs.pop(name))
         a_RD = directions(x_FD, moments.pop(name), settings.rank, settings.contrast.ridge)
         rms = (x_FD @ a_RD.T.to(x_FD)).square().sum(1).mean().sqrt()
-        chosen[name] = a_RD * (settings.contrast.input_rms / rms)
+        chosen[name] = (a_RD * (settings.contrast.input_rms / rms)).cpu()  # to be sent
     for index, (name, layer) in enumerate(layers):
         a_RD = world.share(chosen.get(name), index % world.size)
         for linear in layer.lora_A.values():  # type: ignore

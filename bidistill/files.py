@@ -81,6 +81,15 @@ def write_json(path: Path | str, obj: object) -> None:
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def flush(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk before anything that follows."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
 def file_sha256(path: Path) -> str:
     """Checksum of a file, in hexadecimal digits."""
     digest = sha256()

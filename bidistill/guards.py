@@ -32,10 +32,11 @@ from bidistill.data.views import Example
 from bidistill.distributed import put_back
 from bidistill.errors import UserError
 from bidistill.files import write_json
-from bidistill.models import TeacherRows, autocast, compute_device, without_dropout
+from bidistill.models import autocast, compute_device, without_dropout
 from bidistill.objectives import Objectives
 from bidistill.progress import say
 from bidistill.teacher.compute import CHUNK_TOKENS, frozen_head
+from bidistill.teacher.rows import TeacherRows
 from bidistill.world import World
 from bidistill_kernels import LogitTransform
 

@@ -39,6 +39,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 from bidistill import contrastive, distributed, options
 from bidistill.config import ModelConfig, ParallelConfig
 from bidistill.errors import UserError
+from bidistill.files import file_sha256
 from bidistill.models import add_adapter, attach_distill_step, unwrapped
 from bidistill.progress import say
 from bidistill.world import World, device
@@ -251,6 +252,17 @@ def model_folder(path: str | Path) -> Path:
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path: {path} holds no config.json; expected a transformers model")
     return folder
+
+
+def file_checksums(path: str | Path) -> dict[str, str]:
+    """SHA-256 of what a model is made of, by name: its config.json and its ``*.safetensors``.
+
+    Raises:
+        UserError: the folder holds no model.
+    """
+    folder = model_folder(path)
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return {file.name: file_sha256(file) for file in files}
 
 
 def settings_of(path: str | Path) -> PreTrainedConfig:

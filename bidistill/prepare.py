@@ -12,7 +12,7 @@ from bidistill.data.build import build_store
 from bidistill.data.loader import RoleLoader
 from bidistill.data.records import ROLES, Role
 from bidistill.guards import Guard
-from bidistill.loading import load_shared, load_tokenizer
+from bidistill.loading import file_checksums, load_shared, load_tokenizer
 from bidistill.models import autocast
 from bidistill.objectives import Objectives, needs_teacher
 from bidistill.teacher import kinds as teachers
@@ -90,6 +90,12 @@ def prepare(config: TrainConfig, world: World) -> Ready:
     if world.rank:
         torch.manual_seed(config.seed + world.rank)  # dropout of its own
     return Ready(model, tokenizer, loader, objectives, teacher, guard)
+
+
+def checksums(config: TrainConfig) -> dict[str, dict[str, str]]:
+    """Of the files of the models that a recipe names, by key; they are read to the end."""
+    paths = {"model.path": config.model.path, "teacher.path": config.teacher.path}
+    return {key: file_checksums(path) for key, path in paths.items() if path is not None}
 
 
 def sampled(config: TrainConfig) -> list[Role]:

@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from bidistill import about, settings
 from bidistill.config import TrainConfig, as_dict
@@ -24,6 +25,11 @@ LOG = "train_log.jsonl"
 GUARD = "guard.json"
 RESULTS = ("adapter", "model", "checkpoints", LOG, COST, GUARD)
 """What a run makes beside RUN; found without it, they are somebody else's."""
+FREE = (
+    *("parallel", "threads", "async_checkpoints", "keep_checkpoints", "checkpoint_every"),
+    *("data.workers", "data.cache", "teacher.cache_folder"),
+)
+"""Keys that may change on resume: the result stays the same, the first two up to rounding."""
 
 
 def check(config: TrainConfig, resume: bool) -> None:
@@ -46,11 +52,11 @@ def check(config: TrainConfig, resume: bool) -> None:
             f"output: got {config.output}, which holds a run, expected a new folder; "
             "use --resume to go on with that run, or choose another output"
         )
-    begun = json.loads(path.read_text(encoding="utf-8"))["config"]
     # read as a recipe is, so that settings of an earlier version have the form of this one
-    before, now = as_dict(settings.check(TrainConfig, begun)), as_dict(config)
+    before, now = as_dict(settings.check(TrainConfig, _read(path)["config"])), as_dict(config)
     for section in (before, now):
-        del section["parallel"]  # another number of ranks may go on with a run
+        for key in FREE:
+            _drop(section, *key.split("."))
     if changed := _changed_key(before, now):
         key, old, new = changed
         raise UserError(
@@ -59,22 +65,66 @@ def check(config: TrainConfig, resume: bool) -> None:
         )
 
 
-def begin(config: TrainConfig, world: World) -> None:
+def begin(config: TrainConfig, models: Mapping[str, Mapping[str, str]], world: World) -> None:
     """Write what the run is made of, unless it has begun before; all ranks together.
 
     What a killed run has left half written is deleted.
 
+    Args:
+        config: the recipe.
+        models: checksums of the files of the models, by the key of the recipe that names them.
+        world: the ranks of the run.
+
     Raises:
-        UserError: some rank does not see what the first one writes there.
+        UserError: the run began with other models, or some rank does not see what the first one
+            writes there.
     """
     path = config.output / RUN
+    if path.exists():
+        _require_models(_read(path).get("models", {}), models)
+    world.barrier()  # all have looked
     if world.first:
         if not path.exists():
             versions = {"versions": about.versions(), "commit": about.commit()}
-            write_json(path, {"config": as_dict(config)} | versions)
+            write_json(path, {"config": as_dict(config), "models": models} | versions)
         for name in (RUN, *RESULTS):
             remove_temporary(config.output / name)
     require_shared(config.output, world)
+
+
+def _require_models(
+    before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Refuse other weights by the name of those that a run began with."""
+    for key in before.keys() & now.keys():
+        if odd := sorted(dict(before[key].items() ^ now[key].items())):
+            raise UserError(
+                f"{key}: got another {odd[0]}, expected the one that this run began with; put it "
+                "back to resume, or choose another output"
+            )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a run is made of.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {"config": record["config"], **record}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path}: got a damaged file, expected what this run began with; choose another output"
+        ) from None
+
+
+def _drop(section: dict[str, Any], key: str, *rest: str) -> None:
+    """Take a key, or one within it, out of nested dictionaries."""
+    if rest:
+        _drop(section[key], *rest)
+    else:
+        del section[key]
 
 
 def require_shared(folder: Path, world: World) -> None:

@@ -36,7 +36,7 @@ from bidistill.data.loader import RoleLoader
 from bidistill.guards import Guard
 from bidistill.loading import empty_model
 from bidistill.objectives import Objectives
-from bidistill.prepare import Ready, prepare
+from bidistill.prepare import Ready, checksums, prepare
 from bidistill.progress import say, track
 from bidistill.teacher.kinds import Teacher
 from bidistill.update import make_optimizer, train_step
@@ -71,7 +71,10 @@ def main(config: TrainConfig, resume: bool = False) -> Path:
         return result
     ready = prepare(config, world)
     world.barrier()  # all have looked at the output folder, and nobody has written
-    run_folder.begin(config, world)  # nothing was written so far, and little can fail from here on
+    models = world.share(checksums(config) if world.first else None)
+    run_folder.begin(config, models, world)  # nothing was written so far, and little can fail now
+    if resume and checkpoint.latest(config.output / CHECKPOINTS) is None:
+        say(f"{config.output}: no checkpoint to resume from; training from the first step")
     done = train(
         config, ready.model, ready.loader, ready.objectives, ready.teacher, world, ready.guard
     )

@@ -194,5 +194,6 @@ def test_example_recipe_loads_and_names_every_setting():
     config = load_config(path)
     given = yaml.safe_load(path.read_text())
     assert given.keys() == as_dict(config).keys()
-    for section in ("model", "data", "teacher", "optim", "guard"):
+    for section in ("model", "data", "teacher", "optim", "guard", "parallel"):
         assert given[section].keys() == as_dict(config)[section].keys(), section
+    assert given["model"]["adapter"].keys() == as_dict(config)["model"]["adapter"].keys()

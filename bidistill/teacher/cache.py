@@ -1,8 +1,9 @@
 """Finding the store of a recipe's teacher, and making it where there is none.
 
-A store lies under a key: a hash of all that its rows follow from. So runs share it as long as
-model, examples and contexts are the same, whatever a recipe says of losses, steps or ranks of
-adapters; one that has the best ids of each row, also where their number is the same.
+A store lies under a key: a hash of all that its rows follow from, but for the rounding of device
+and kernels. So runs share it as long as model, examples and contexts are the same, whatever a
+recipe says of losses, steps or ranks of adapters; one that has the best ids of each row, also where
+their number is the same.
 """
 
 import json
@@ -24,9 +25,10 @@ from bidistill.data.build import build_store
 from bidistill.data.store import Selection, TokenStore
 from bidistill.distributed import put_back
 from bidistill.errors import UserError
-from bidistill.files import file_sha256, user_cache
-from bidistill.loading import load_shared, load_tokenizer, model_folder
+from bidistill.files import user_cache
+from bidistill.loading import file_checksums, load_shared, load_tokenizer
 from bidistill.models import autocast, read_logit_transform
+from bidistill.objectives import needs_teacher
 from bidistill.progress import say
 from bidistill.teacher import model as teacher_model
 from bidistill.teacher.build import build_rows
@@ -55,6 +57,16 @@ def main(config: TrainConfig, *, check: bool = False) -> Path:
             also that the store is missing or damaged.
     """
     world = join()
+    if config.teacher.kind in ("live", "ema"):
+        raise UserError(
+            f"teacher.kind: got {config.teacher.kind}, whose rows change with every step, expected "
+            "base or frozen; there is nothing to keep"
+        )
+    if not needs_teacher(config.objectives):
+        raise UserError(
+            "objectives: got none that compares with a teacher, expected one; there is nothing to "
+            "keep"
+        )
     kept = "topk" if config.teacher.cache == "topk" else "disk"
     teacher_model.check(replace(config, teacher=replace(config.teacher, cache=kept)))
     if config.threads is not None:
@@ -147,13 +159,11 @@ def place(config: TrainConfig, examples: Selection) -> tuple[Path, dict[str, Any
         UserError: the folder of the model is missing.
     """
     model, frozen = teacher_model.settings(config), config.teacher.kind == "frozen"
-    folder = model_folder(model.path)
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     trains = model.adapter is None and not frozen
     made_of = {
         "format": FORMAT,
         "transformers": transformers.__version__,
-        "model": {path.name: file_sha256(path) for path in files},
+        "model": file_checksums(model.path),
         "examples": examples.digest,
         "weights": "float32" if trains else model.dtype,
         "compute": model.dtype,

@@ -13,9 +13,10 @@ from bidistill import checkpoint, distributed
 from bidistill.checkpoint_writer import Writer
 from bidistill.data.loader import Batch, RoleLoader
 from bidistill.data.views import build_examples
-from bidistill.models import TeacherRows, attach_distill_step, autocast
+from bidistill.models import attach_distill_step, autocast
 from bidistill.objectives import Objectives
 from bidistill.teacher.kinds import Ema, Frozen, Live, Teacher
+from bidistill.teacher.rows import TeacherRows
 from bidistill.update import make_optimizer, train_step
 from bidistill.world import World, join
 from tests.trainer.cut import (

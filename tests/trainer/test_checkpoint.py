@@ -153,8 +153,9 @@ def test_what_is_in_flight_is_finished(run, tmp_path, monkeypatch, ends):
     error = {"normally": None, "by an error": ZeroDivisionError, "by Ctrl-C": SystemExit}[ends]
 
     def work():
-        with Writer(tmp_path, 2, background=True) as writer, held(monkeypatch):
+        with held(monkeypatch) as (_, go_on), Writer(tmp_path, 2, background=True) as writer:
             run.save(writer, 1)
+            threading.Timer(0.3, go_on.set).start()  # once its end is waited for
             if error:
                 raise error
 
@@ -248,6 +249,27 @@ def test_a_protected_checkpoint_stays(run, tmp_path):
     assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["2", "5", "6"]
 
 
+def test_steps_are_numbers_and_other_names_not_ours(run, tmp_path):
+    (tmp_path / "step-000009-good").mkdir()
+    with Writer(tmp_path, 2) as writer:
+        for step in (999_998, 999_999, 1_000_000):
+            run.save(writer, step)
+    assert list(checkpoint.numbered(tmp_path)) == [999_999, 1_000_000]
+    assert checkpoint.latest(tmp_path) == tmp_path / "step-1000000"
+    assert (tmp_path / "step-000009-good").exists()
+
+
+def test_one_of_the_same_step_is_replaced(run, tmp_path):
+    with Writer(tmp_path, 2) as writer:
+        run.save(writer, 1)
+        run.update()
+        expected = run.tensors()
+        run.save(writer, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    (file,) = (tmp_path / "step-000001").glob("*.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(file).items())
+
+
 def test_a_run_in_the_background_ends_with_the_same_bits(config):
     in_background = replace(
         config, output=config.output.with_name("background"), async_checkpoints=True
@@ -322,7 +344,7 @@ class Apart(World):
 
 def test_ranks_without_a_disk_in_common_are_refused_before_the_first_step(config):
     with pytest.raises(UserError, match=r"^output: got .*, which not all ranks share, exp"):
-        run_folder.begin(config, Apart())
+        run_folder.begin(config, {}, Apart())
 
 
 def test_ranks_see_each_others_disk(two_ranks, tmp_path):
@@ -332,12 +354,12 @@ def test_ranks_see_each_others_disk(two_ranks, tmp_path):
 
 def test_what_killed_runs_left_of_the_result_is_cleared_away(config):
     config.output.mkdir()
-    run_folder.begin(config, World())
+    run_folder.begin(config, {}, World())
     for name in (".adapter.0123abcd.tmp", ".train_log.0123abcd.tmp.jsonl"):
         (config.output / name).mkdir()
         save_file({"half": torch.zeros(1)}, config.output / name / "half.safetensors")
     (config.output / ".adapter.mine").mkdir()
-    run_folder.begin(config, World())
+    run_folder.begin(config, {}, World())
     assert sorted(path.name for path in config.output.iterdir()) == [".adapter.mine", "run.json"]
 
 

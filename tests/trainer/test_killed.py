@@ -168,7 +168,7 @@ def readable(recipe):
 
     def load(run):
         optimizer = make_optimizer(parameters, recipe.optim)
-        for path in run.checkpoints.glob(checkpoint.PATTERN):
+        for path in checkpoint.numbered(run.checkpoints).values():
             state = checkpoint.load(path, ready.model, optimizer, World(), ready.teacher.tensors())
             assert checkpoint.at(run.checkpoints, state["step"]) == path
             seen.append(path)

@@ -16,9 +16,10 @@ from bidistill.data.loader import Batch
 from bidistill.data.records import Role
 from bidistill.data.views import Message, build_examples
 from bidistill.errors import UserError
-from bidistill.models import TeacherRows, adapters_off, add_adapter, attach_distill_step
+from bidistill.models import adapters_off, add_adapter, attach_distill_step
 from bidistill.objectives import Objectives, needs_teacher
 from bidistill.teacher.compute import HiddenCache
+from bidistill.teacher.rows import TeacherRows
 from tests.trainer.tiny import SHOTS, make_model, randomise_adapters
 
 CONTEXTS: dict[Role, Sequence[Message]] = {"forget": SHOTS, "adversarial": SHOTS}

@@ -24,7 +24,7 @@ from bidistill.data.store import Selection
 from bidistill.data.views import Example, View, build_examples
 from bidistill.errors import UserError
 from bidistill.loading import load_base
-from bidistill.models import TeacherRows, adapters_off, hidden_rows
+from bidistill.models import adapters_off, hidden_rows
 from bidistill.teacher import build as teacher_build
 from bidistill.teacher import compute as teacher
 from bidistill.teacher import forms as teacher_forms
@@ -32,6 +32,7 @@ from bidistill.teacher import store as teacher_store
 from bidistill.teacher.build import build_rows
 from bidistill.teacher.cache import place, selected
 from bidistill.teacher.compute import HiddenCache, frozen_head
+from bidistill.teacher.rows import TeacherRows
 from bidistill.teacher.store import (
     FORMAT,
     HEAD,

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bidistill import checkpoint, train
 from bidistill.config import OptimConfig, TeacherConfig, as_dict
@@ -165,6 +166,44 @@ def test_resume_with_another_recipe_names_the_key(config):
         train.main(changed, resume=True)
     with pytest.raises(UserError, match=r"^model.adapter: got null"):
         train.main(full(config), resume=True)
+
+
+def test_what_does_not_change_the_result_may_change_on_resume(config, tmp_path):
+    whole = train.main(in_folder(config, tmp_path / "whole"))
+    with dying_at(3, pull_the_plug), pytest.raises(Power):
+        train.main(config)
+    changed = replace(config, async_checkpoints=True, keep_checkpoints=1, checkpoint_every=1)
+    changed = replace(changed, data=replace(config.data, workers=1, cache=tmp_path / "elsewhere"))
+    changed = replace(changed, teacher=replace(config.teacher, cache_folder=tmp_path / "rows"))
+    assert weights_of(train.main(changed, resume=True)) == weights_of(whole)
+
+
+def test_other_weights_of_the_model_are_refused_on_resume(config, model_dir, tmp_path):
+    path = tmp_path / "model"
+    shutil.copytree(model_dir, path)
+    config = replace(config, model=replace(config.model, path=str(path)))
+    with dying_at(3, pull_the_plug), pytest.raises(Power):
+        train.main(config)
+    weights = load_file(path / "model.safetensors")
+    save_file(
+        {n: 1.01 * t for n, t in weights.items()}, path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(UserError, match=r"^model\.path: got another model\.safetensors, expected"):
+        train.main(config, resume=True)
+
+
+def test_a_damaged_record_of_a_run_is_named(config):
+    with dying_at(3, pull_the_plug), pytest.raises(Power):
+        train.main(config)
+    path = config.output / "run.json"
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(UserError, match=r"run\.json: got a damaged file, expected what this run"):
+        train.main(config, resume=True)
+
+
+def test_nothing_to_resume_from_is_said(config, capsys):
+    train.main(config, resume=True)
+    assert "no checkpoint to resume from; training from the first step" in capsys.readouterr().out
 
 
 def test_changed_data_is_refused_on_resume(config):
