@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from bidistill import cli, models, train
+from bidistill import cli, models, plan, train
 from bidistill.config import ObjectiveConfig, as_dict
 from bidistill.data.loader import Batch
 from bidistill.data.views import build_examples
@@ -491,6 +492,10 @@ REFUSED = {
         {"cache": "memory"}, {"forget": ObjectiveConfig(loss="topk_kl", options={"k": 0})},
         "objectives.forget.options: k: got 0",
     ),
+    "ids in words": (
+        {}, {"forget": ObjectiveConfig(loss="topk_kl", options={"k": "abc"})},
+        "objectives.forget.options: k: got 'abc', expected a whole number",
+    ),
     "an unknown tail": (
         {}, {"forget": ObjectiveConfig(loss="topk_kl", options={"tail": "cut"})},
         "objectives.forget.options: tail: got 'cut'",
@@ -507,6 +512,29 @@ def test_refused_in_one_line(config, teacher, objectives, message):
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
     assert not config.output.exists()
-    if teacher.get("cache") != "memory" and "tail" not in message:
-        with pytest.raises(UserError, match=message[:20]):
+    if config.teacher.cache == "topk":
+        with pytest.raises(UserError) as caught:
             teacher_cache.main(config)
+        assert str(caught.value).startswith(message)
+        assert not config.teacher.cache_folder.exists()
+        with pytest.raises(UserError) as caught:
+            planned(config)
+        assert str(caught.value).startswith(message)
+
+
+def planned(config):
+    plan.main(config, ranks=1, memory_gib=1.0, target="cpu")
+
+
+def test_more_ids_than_the_vocabulary_are_all_of_them(config, tmp_path):
+    """Both the number that is kept and the one that counts."""
+    wide = V + 42
+    whole = replace(recipe_of(config, topk=wide), steps=2)
+    kl = ObjectiveConfig(loss="topk_kl", options={"reverse": 0.5, "k": wide})
+    asked = {**dict.fromkeys(whole.objectives, kl), "retain": whole.objectives["retain"]}
+    asked = replace(in_folder(whole, tmp_path / "asked"), objectives=asked)
+    planned(asked)
+    folder = teacher_cache.main(asked)
+    (rows,) = folder.glob("rows-*")
+    assert load_file(rows)["ids"].shape[1] == V
+    assert weights_of(train.main(asked)) == weights_of(train.main(whole))
