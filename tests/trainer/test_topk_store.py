@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bidistill import cli, models, plan, train
@@ -18,8 +19,11 @@ from bidistill.config import ObjectiveConfig, as_dict
 from bidistill.data.loader import Batch
 from bidistill.data.views import build_examples
 from bidistill.errors import UserError
+from bidistill.loading import empty_model
 from bidistill.models import adapters_off, attach_distill_step
 from bidistill.objectives import Objectives
+from bidistill.plan.step import BestIds
+from bidistill.plan.tracker import Tracker
 from bidistill.prepare import prepare
 from bidistill.teacher import cache as teacher_cache
 from bidistill.teacher import model as teacher_model
@@ -424,6 +428,8 @@ def test_another_model_teaches_by_its_best_ids(config, other_dir):
             taught.append(logits_of(teacher, example.teacher, example.answer_ids)[:, :V])
     expected = torch.cat(taught).log_softmax(-1)
     assert rows.ids.shape[1] == V
+    empty = empty_model(teacher_model.settings(config), frozen=True)
+    assert BestIds(config, empty, Tracker(FakeTensorMode())).k == V, "what plan counts"
     error = (rows.values - expected.gather(1, rows.ids)).abs()
     assert (error <= 2e-4 + 2 * ROUNDING * expected.abs().amax(-1, keepdim=True)).all()
     assert (error.mean(-1) < 0.01).all()
