@@ -32,7 +32,7 @@ from bidistill.teacher.compute import HiddenCache
 from bidistill.teacher.forms import Best
 from bidistill.teacher.store import INDEX, TeacherStore
 from bidistill.world import World
-from bidistill_kernels import LogitTransform
+from bidistill_kernels import LogitTransform, linear_topk_kl
 from tests.trainer import cut_topk
 from tests.trainer.cut import Case
 from tests.trainer.cut_topk import MADE_OF
@@ -49,6 +49,8 @@ ROUNDING, SMALLEST = 2.0**-11, 2.0**-25
 """Largest relative error of a number in fp16; largest error of one below its normal numbers."""
 FLOOR = torch.tensor(1e-6, dtype=torch.float64)
 """What a teacher's tail counts as at least; of the kernels."""
+TAIL_ERROR = 1e-6
+"""Error of a teacher's tail by fp32, K = 64, and by the floor; ``e`` in `TeacherStore`."""
 
 
 @pytest.fixture
@@ -227,6 +229,46 @@ def test_the_loss_moves_within_the_bound(examples, options, k, tmp_path):
     assert moved.mean() > 1e-4 * bound.mean(), "a bound that far off says nothing"
     wrong = (losses(stored.values.roll(1, 0)) - exact).abs()
     assert (wrong > bound).any(), "rows of another token must break the bound"
+
+
+@pytest.mark.parametrize("options", [{"forward": 1.0}, {"forward": 0.0, "reverse": 1.0}], ids=str)
+def test_a_small_tail_moves_the_loss_in_fp32_as_the_bound_says(options):
+    """From fp32 logits through fp16 into the loss itself, which knows small tails but roughly."""
+    k, vocabulary, random = 64, 512, torch.Generator().manual_seed(0)
+    tails = torch.tensor([1e-2, 1e-3, 1e-4, 1e-5, 2e-6, 1e-6, 3e-7, 1e-8], dtype=torch.float64)
+    tail = tails.repeat_interleave(64)[:, None]
+    q = 0.99 * torch.rand(tail.shape, dtype=torch.float64, generator=random)
+
+    def logits(tail, spread):
+        inside = spread * torch.randn(len(tail), k, dtype=torch.float64, generator=random)
+        outside = torch.zeros(len(tail), vocabulary - k, dtype=torch.float64)
+        parts = inside.log_softmax(-1) + (-tail).log1p(), outside.log_softmax(-1) + tail.log()
+        return torch.cat(parts, dim=1).float()
+
+    student, taught, head = logits(q, 0.5), logits(tail, 2.0), torch.eye(vocabulary)
+    ids, log_probs = Best(k, LogitTransform())._best(taught, head, None)
+    columns = {"ids": ids.to(torch.uint16), "log_probs": log_probs.half()}
+    stored = Best.read(columns, torch.float32, (None, None)).at(torch.arange(len(tail)))
+    found = linear_topk_kl(student, head, stored, reduction="none", **options).double()
+
+    outcomes = bucketed(taught.double().log_softmax(-1), ids)
+    others = bucketed(student.double().log_softmax(-1), ids)
+    gap = outcomes - others
+    forward, reverse = options["forward"], options.get("reverse", 0.0)
+    exact = forward * (outcomes.exp() * gap).sum(-1) - reverse * (others.exp() * gap).sum(-1)
+    change = (ROUNDING * outcomes.abs()).clamp(min=SMALLEST).amax(-1)
+    spread = gap.amax(-1) - gap.amin(-1)
+    rounded = forward * change * (spread + change) / 2 + reverse * 2 * change
+    seen = (2 * TAIL_ERROR / outcomes[:, -1].exp()).log1p()
+    more = forward * TAIL_ERROR * (spread + seen)
+    more += reverse * (others[:, -1].exp() * seen + TAIL_ERROR)
+    moved = (found - exact).abs()
+    assert (moved <= rounded + more).all()
+    if reverse:
+        assert (moved > rounded).any(), "rounding alone would do"
+        assert (moved > 0.5 * (rounded + more)).any(), "a bound that far off says nothing"
+    else:
+        assert (moved <= rounded).all(), "the tail is lost in the rounding"
 
 
 def test_fp16_rounds_as_the_bound_says():
