@@ -227,7 +227,7 @@ def _group(configs: Mapping[Role, ObjectiveConfig], apart: Collection[Role]) -> 
         if role not in configs:
             continue
         config = configs[role]
-        _check_options(role, config)
+        check_options(role, config)
         alone = role if role in apart else None
         groups.setdefault((alone, config.loss, *sorted(config.options.items())), []).append(role)
     return tuple(
@@ -236,8 +236,16 @@ def _group(configs: Mapping[Role, ObjectiveConfig], apart: Collection[Role]) -> 
     )
 
 
-def _check_options(role: Role, config: ObjectiveConfig) -> None:
-    """An option must be an argument of the loss, not the trainer's own, with a value it takes."""
+def check_options(role: Role, config: ObjectiveConfig) -> None:
+    """Refuse what is no argument of the loss, or the trainer's own, or no value that it takes.
+
+    Args:
+        role: whose objective it is.
+        config: the loss and its options.
+
+    Raises:
+        UserError: naming the option.
+    """
     parameters = inspect.signature(LOSSES[config.loss]).parameters.values()
     # what all losses have in common comes in **options, and is the trainer's business
     known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]

@@ -23,6 +23,7 @@ from bidistill.prepare import sampled
 from bidistill.teacher import kinds as teachers
 from bidistill.teacher import model as teacher_model
 from bidistill.teacher.compute import frozen_head
+from bidistill.teacher.forms import Best
 from bidistill.teacher.kinds import Teacher
 from bidistill.teacher.rows import TeacherRows, TeacherTopK
 from bidistill.update import make_optimizer, train_step
@@ -178,8 +179,8 @@ class BestIds(Teacher):
 
     def __init__(self, config: TrainConfig, model: Any, tracker: Tracker) -> None:  # noqa: ANN401
         """Find out how many there are."""
-        vocabulary = model.get_output_embeddings().weight.shape[0]
-        self.k, self.tracker = min(config.teacher.topk, vocabulary), tracker
+        form = Best(config.teacher.topk, teacher_model.transforms_of_configs(config)[1])
+        self.k, self.tracker = form.columns(model)["ids"].width, tracker
 
     def rows(self, batch: Batch) -> TeacherTopK:
         """The ids and log-probabilities of a batch."""

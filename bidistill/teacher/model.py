@@ -18,6 +18,7 @@ from bidistill.distributed import put_back
 from bidistill.errors import UserError
 from bidistill.loading import load_shared, load_tokenizer, model_folder, settings_of
 from bidistill.models import read_logit_transform, transform_of_config
+from bidistill.objectives import check_options
 from bidistill.world import World
 from bidistill_kernels import LogitTransform
 
@@ -28,7 +29,8 @@ def check(config: TrainConfig) -> None:
     Raises:
         UserError: an option for speed cannot be had; rows are to be kept that change with the
             student, or would be lost if they were not kept; a folder or a dtype is given for a
-            teacher that has no weights of its own; or a loss needs more than is kept of the rows.
+            teacher that has no weights of its own; or a loss needs more than is kept of the rows,
+            or has options that it does not take.
     """
     teacher, own = config.teacher, settings(config)
     options.check(config.model, model_folder(config.model.path))
@@ -58,7 +60,8 @@ def check(config: TrainConfig) -> None:
                 "keeps no hidden rows, expected topk_kl or cross_entropy; change the loss, or set "
                 "teacher.cache to disk"
             )
-        if (k := objective.options.get("k", 0)) > teacher.topk:  # type: ignore
+        check_options(role, objective)  # k is a number from here on, or None
+        if (k := objective.options.get("k")) is not None and k > teacher.topk:  # type: ignore
             raise UserError(
                 f"objectives.{role}.options: k: got {k}, expected at most teacher.topk, "
                 f"{teacher.topk}; change one of the two"

@@ -52,12 +52,11 @@ class TeacherTopK:
         self.values = values
 
     def at(self, index: Integer[Tensor, " R"], k: int | None = None) -> TopK:
-        """The rows of an index, where that lies; of each row the ``k`` best ids, None: all.
+        """The rows of an index, where that lies; of each row the ``k`` best ids.
 
-        Raises:
-            ValueError: there are fewer ids.
+        Args:
+            index: of rows.
+            k: ids that count; more than there are means all, and so does None.
         """
-        if k is not None and k > self.ids.shape[1]:
-            raise ValueError(f"k: got {k}, expected at most {self.ids.shape[1]}, which were kept")
         columns = (tensor[:, :k].to(index.device) for tensor in (self.ids, self.values))
         return TopK(*(column.index_select(0, index) for column in columns))

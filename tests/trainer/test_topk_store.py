@@ -10,15 +10,20 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from bidistill import cli, models, train
+from bidistill import cli, models, plan, train
 from bidistill.config import ObjectiveConfig, as_dict
 from bidistill.data.loader import Batch
 from bidistill.data.views import build_examples
 from bidistill.errors import UserError
+from bidistill.loading import empty_model
 from bidistill.models import adapters_off, attach_distill_step
 from bidistill.objectives import Objectives
+from bidistill.plan.step import BestIds
+from bidistill.plan.tracker import Tracker
 from bidistill.prepare import prepare
 from bidistill.teacher import cache as teacher_cache
 from bidistill.teacher import model as teacher_model
@@ -27,7 +32,7 @@ from bidistill.teacher.compute import HiddenCache
 from bidistill.teacher.forms import Best
 from bidistill.teacher.store import INDEX, TeacherStore
 from bidistill.world import World
-from bidistill_kernels import LogitTransform
+from bidistill_kernels import LogitTransform, linear_topk_kl
 from tests.trainer import cut_topk
 from tests.trainer.cut import Case
 from tests.trainer.cut_topk import MADE_OF
@@ -44,6 +49,8 @@ ROUNDING, SMALLEST = 2.0**-11, 2.0**-25
 """Largest relative error of a number in fp16; largest error of one below its normal numbers."""
 FLOOR = torch.tensor(1e-6, dtype=torch.float64)
 """What a teacher's tail counts as at least; of the kernels."""
+TAIL_ERROR = 1e-6
+"""Error of a teacher's tail by fp32, K = 64, and by the floor; ``e`` in `TeacherStore`."""
 
 
 @pytest.fixture
@@ -222,6 +229,46 @@ def test_the_loss_moves_within_the_bound(examples, options, k, tmp_path):
     assert moved.mean() > 1e-4 * bound.mean(), "a bound that far off says nothing"
     wrong = (losses(stored.values.roll(1, 0)) - exact).abs()
     assert (wrong > bound).any(), "rows of another token must break the bound"
+
+
+@pytest.mark.parametrize("options", [{"forward": 1.0}, {"forward": 0.0, "reverse": 1.0}], ids=str)
+def test_a_small_tail_moves_the_loss_in_fp32_as_the_bound_says(options):
+    """From fp32 logits through fp16 into the loss itself, which knows small tails but roughly."""
+    k, vocabulary, random = 64, 512, torch.Generator().manual_seed(0)
+    tails = torch.tensor([1e-2, 1e-3, 1e-4, 1e-5, 2e-6, 1e-6, 3e-7, 1e-8], dtype=torch.float64)
+    tail = tails.repeat_interleave(64)[:, None]
+    q = 0.99 * torch.rand(tail.shape, dtype=torch.float64, generator=random)
+
+    def logits(tail, spread):
+        inside = spread * torch.randn(len(tail), k, dtype=torch.float64, generator=random)
+        outside = torch.zeros(len(tail), vocabulary - k, dtype=torch.float64)
+        parts = inside.log_softmax(-1) + (-tail).log1p(), outside.log_softmax(-1) + tail.log()
+        return torch.cat(parts, dim=1).float()
+
+    student, taught, head = logits(q, 0.5), logits(tail, 2.0), torch.eye(vocabulary)
+    ids, log_probs = Best(k, LogitTransform())._best(taught, head, None)
+    columns = {"ids": ids.to(torch.uint16), "log_probs": log_probs.half()}
+    stored = Best.read(columns, torch.float32, (None, None)).at(torch.arange(len(tail)))
+    found = linear_topk_kl(student, head, stored, reduction="none", **options).double()
+
+    outcomes = bucketed(taught.double().log_softmax(-1), ids)
+    others = bucketed(student.double().log_softmax(-1), ids)
+    gap = outcomes - others
+    forward, reverse = options["forward"], options.get("reverse", 0.0)
+    exact = forward * (outcomes.exp() * gap).sum(-1) - reverse * (others.exp() * gap).sum(-1)
+    change = (ROUNDING * outcomes.abs()).clamp(min=SMALLEST).amax(-1)
+    spread = gap.amax(-1) - gap.amin(-1)
+    rounded = forward * change * (spread + change) / 2 + reverse * 2 * change
+    seen = (2 * TAIL_ERROR / outcomes[:, -1].exp()).log1p()
+    more = forward * TAIL_ERROR * (spread + seen)
+    more += reverse * (others[:, -1].exp() * seen + TAIL_ERROR)
+    moved = (found - exact).abs()
+    assert (moved <= rounded + more).all()
+    if reverse:
+        assert (moved > rounded).any(), "rounding alone would do"
+        assert (moved > 0.5 * (rounded + more)).any(), "a bound that far off says nothing"
+    else:
+        assert (moved <= rounded).all(), "the tail is lost in the rounding"
 
 
 def test_fp16_rounds_as_the_bound_says():
@@ -423,6 +470,8 @@ def test_another_model_teaches_by_its_best_ids(config, other_dir):
             taught.append(logits_of(teacher, example.teacher, example.answer_ids)[:, :V])
     expected = torch.cat(taught).log_softmax(-1)
     assert rows.ids.shape[1] == V
+    empty = empty_model(teacher_model.settings(config), frozen=True)
+    assert BestIds(config, empty, Tracker(FakeTensorMode())).k == V, "what plan counts"
     error = (rows.values - expected.gather(1, rows.ids)).abs()
     assert (error <= 2e-4 + 2 * ROUNDING * expected.abs().amax(-1, keepdim=True)).all()
     assert (error.mean(-1) < 0.01).all()
@@ -491,6 +540,10 @@ REFUSED = {
         {"cache": "memory"}, {"forget": ObjectiveConfig(loss="topk_kl", options={"k": 0})},
         "objectives.forget.options: k: got 0",
     ),
+    "ids in words": (
+        {}, {"forget": ObjectiveConfig(loss="topk_kl", options={"k": "abc"})},
+        "objectives.forget.options: k: got 'abc', expected a whole number",
+    ),
     "an unknown tail": (
         {}, {"forget": ObjectiveConfig(loss="topk_kl", options={"tail": "cut"})},
         "objectives.forget.options: tail: got 'cut'",
@@ -507,6 +560,29 @@ def test_refused_in_one_line(config, teacher, objectives, message):
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
     assert not config.output.exists()
-    if teacher.get("cache") != "memory" and "tail" not in message:
-        with pytest.raises(UserError, match=message[:20]):
+    if config.teacher.cache == "topk":
+        with pytest.raises(UserError) as caught:
             teacher_cache.main(config)
+        assert str(caught.value).startswith(message)
+        assert not config.teacher.cache_folder.exists()
+        with pytest.raises(UserError) as caught:
+            planned(config)
+        assert str(caught.value).startswith(message)
+
+
+def planned(config):
+    plan.main(config, ranks=1, memory_gib=1.0, target="cpu")
+
+
+def test_more_ids_than_the_vocabulary_are_all_of_them(config, tmp_path):
+    """Both the number that is kept and the one that counts."""
+    wide = V + 42
+    whole = replace(recipe_of(config, topk=wide), steps=2)
+    kl = ObjectiveConfig(loss="topk_kl", options={"reverse": 0.5, "k": wide})
+    asked = {**dict.fromkeys(whole.objectives, kl), "retain": whole.objectives["retain"]}
+    asked = replace(in_folder(whole, tmp_path / "asked"), objectives=asked)
+    planned(asked)
+    folder = teacher_cache.main(asked)
+    (rows,) = folder.glob("rows-*")
+    assert load_file(rows)["ids"].shape[1] == V
+    assert weights_of(train.main(asked)) == weights_of(train.main(whole))
