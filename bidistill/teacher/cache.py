@@ -57,7 +57,7 @@ def main(config: TrainConfig, *, check: bool = False) -> Path:
             also that the store is missing or damaged.
     """
     world = join()
-    if config.teacher.kind in ("live", "ema"):
+    if config.teacher.kind in ("live", "ema") and config.teacher.cache == "off":
         raise UserError(
             f"teacher.kind: got {config.teacher.kind}, whose rows change with every step, expected "
             "base or frozen; there is nothing to keep"

@@ -18,7 +18,7 @@ from bidistill.distributed import put_back
 from bidistill.errors import UserError
 from bidistill.loading import load_shared, load_tokenizer, model_folder, settings_of
 from bidistill.models import read_logit_transform, transform_of_config
-from bidistill.objectives import check_options
+from bidistill.objectives import check_options, needs_teacher
 from bidistill.world import World
 from bidistill_kernels import LogitTransform
 
@@ -41,7 +41,8 @@ def check(config: TrainConfig) -> None:
             f"teacher.cache: got {teacher.cache} with teacher.kind {teacher.kind}, whose rows "
             "change with every step, expected off; set teacher.cache to off"
         )
-    if teacher.kind == "base" and config.model.adapter is None and teacher.cache == "off":
+    gone = teacher.kind == "base" and config.model.adapter is None and teacher.cache == "off"
+    if gone and needs_teacher(config.objectives):
         raise UserError(
             "teacher.cache: got off while all weights train, expected memory, disk or topk; the "
             "base model is gone after the first step, so keep its rows, or set teacher.kind to "

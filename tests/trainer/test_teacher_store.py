@@ -16,7 +16,7 @@ import yaml
 from torch import nn
 
 from bidistill import cli, models, train
-from bidistill.config import as_dict
+from bidistill.config import ObjectiveConfig, as_dict
 from bidistill.data.build import build_store
 from bidistill.data.loader import Batch
 from bidistill.data.records import ROLES
@@ -30,7 +30,7 @@ from bidistill.teacher import compute as teacher
 from bidistill.teacher import forms as teacher_forms
 from bidistill.teacher import store as teacher_store
 from bidistill.teacher.build import build_rows
-from bidistill.teacher.cache import place, selected
+from bidistill.teacher.cache import main, place, selected
 from bidistill.teacher.compute import HiddenCache, frozen_head
 from bidistill.teacher.rows import TeacherRows
 from bidistill.teacher.store import (
@@ -560,6 +560,22 @@ def recipe(config, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(as_dict(on_disk(config))))
     return str(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "ema", "cache": "off"}, r"^teacher\.kind: got ema, whose rows change with every"),
+        ({}, r"^objectives: got none that compares with a teacher, expected one"),
+    ],
+)
+def test_the_command_refuses_where_there_is_nothing_to_keep(config, changes, message):
+    config = replace(config, teacher=replace(config.teacher, **changes))
+    if not changes:
+        alone = dict.fromkeys(config.objectives, ObjectiveConfig(loss="cross_entropy"))
+        config = replace(config, objectives=alone)
+    with pytest.raises(UserError, match=message):
+        main(config)
 
 
 def test_the_command_makes_checks_and_mends(recipe, config, tmp_path, capsys, monkeypatch):

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bidistill import checkpoint, train
-from bidistill.config import OptimConfig, TeacherConfig, as_dict
+from bidistill.config import ObjectiveConfig, OptimConfig, TeacherConfig, as_dict
 from bidistill.errors import UserError
 from bidistill.teacher.compute import HiddenCache
 from bidistill.update import learning_rate
@@ -190,6 +190,13 @@ def test_other_weights_of_the_model_are_refused_on_resume(config, model_dir, tmp
     )
     with pytest.raises(UserError, match=r"^model\.path: got another model\.safetensors, expected"):
         train.main(config, resume=True)
+
+
+def test_a_run_without_a_teacher_keeps_none(config):
+    alone = dict.fromkeys(config.objectives, ObjectiveConfig(loss="cross_entropy"))
+    config = replace(full(config), objectives=alone)
+    config = replace(config, steps=2, teacher=replace(config.teacher, cache="off"))
+    assert train.main(config).exists()
 
 
 def test_a_damaged_record_of_a_run_is_named(config):
