@@ -133,7 +133,7 @@ def utility(probability=0.5, rouge=0.5, truth=0.5):
 
 
 def test_model_utility_of_published_logs():
-    # Llama-2-7B trained on all of TOFU: published 0.6227 (0.5859 with the arithmetic truth ratio)
+    # the parts of Llama-2-7B trained on all of TOFU, from its logs, to four digits
     parts = [
         utility(0.9895, 0.9857, 0.4747),
         utility(0.4555, 0.9330, 0.5962),

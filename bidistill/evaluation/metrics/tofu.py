@@ -104,8 +104,8 @@ def truth_ratio(
         paraphrase: `mean_log_prob` of a right answer in other words (forget and retain sets), or
             of the right answer itself (real authors and world facts).
         wrong: `mean_log_prob` of each wrong answer.
-        mean: ``geometric``, exp of the mean log-probability, is that of the code that made the
-            published numbers; ``arithmetic`` is that of the paper's equation.
+        mean: ``geometric``, exp of the mean log-probability, is that of TOFU's
+            aggregate_eval_stat.py; ``arithmetic`` is that of the paper's equation.
 
     Raises:
         UserError: one is no log-probability, there is no wrong one, the mean is unknown, or right
