@@ -4,8 +4,9 @@
                                     # ranks below runs/ranks, evaluates, prints a table
 
 What is there is not trained again. The ranks share the cores of this machine, so their times are
-no measure of anything. glibc is told to give freed memory back at once, in a single process as in
-ranks, which tell it so themselves: what it keeps would be counted, too.
+no measure of anything. glibc is told to give freed memory back at once (MALLOC_MMAP_THRESHOLD_):
+what it keeps would be counted, too, and units that are gathered and let go in turn make it keep
+much.
 """
 
 import argparse

@@ -5,7 +5,6 @@ it a run is one process.
 """
 
 import atexit
-import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,8 +21,6 @@ from bidistill.errors import UserError
 Item = TypeVar("Item")
 PATIENCE = timedelta(hours=6)
 """How long ranks wait for one that tokenises, or writes the result."""
-M_MMAP_THRESHOLD = -3
-"""Of glibc's malloc.h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,21 +134,9 @@ def join() -> World:
         torch.cuda.set_device(here)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
-    if backend == "gloo":
-        atexit.register(_leave)  # NCCL's end waits for ranks that may have failed
-        _give_freed_memory_back()
+    if backend == "gloo":  # NCCL's end waits for ranks that may have failed
+        atexit.register(_leave)
     return World(dist.get_rank(), dist.get_world_size())
-
-
-def _give_freed_memory_back() -> None:
-    """Have glibc return blocks from 1 MiB on to the system as soon as they are freed.
-
-    Left to itself it keeps freed blocks of up to 32 MiB for later, and units that are gathered and
-    let go in turn with all else leave its heap in pieces: SmolLM2-135M on two ranks then takes
-    2.6 GiB each, and 1.5 GiB so.
-    """
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _leave() -> None:
