@@ -11,7 +11,6 @@ function of the seed and their place in the model alone.
 
 import json
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +36,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
 
 from bidistill import contrastive, distributed, options
+from bidistill.checkpoint import quiet
 from bidistill.config import ModelConfig, ParallelConfig
 from bidistill.errors import UserError
 from bidistill.files import file_sha256
@@ -336,7 +336,5 @@ def _fill(model: nn.Module, keys: dict[str, str], path: str | Path) -> None:
     wanted = {key: tensors[name].detach() for name, key in keys.items()}
     # not those of ranks that lost each other: the model's files are not to blame
     errors = OSError, SafetensorError, CheckpointException
-    with _readable(path, errors), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.distributed")
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    with _readable(path, errors), quiet():
         load_tensors(wanted, storage_reader=HuggingFaceStorageReader(str(model_folder(path))))

@@ -8,7 +8,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bidistill import contrastive, guards
 from bidistill.config import TrainConfig, require_objectives
-from bidistill.data.build import build_store
 from bidistill.data.loader import RoleLoader
 from bidistill.data.records import ROLES, Role
 from bidistill.guards import Guard
@@ -18,7 +17,7 @@ from bidistill.objectives import Objectives, needs_teacher
 from bidistill.teacher import kinds as teachers
 from bidistill.teacher import model as teacher_model
 from bidistill.teacher.cache import rows_on_disk
-from bidistill.teacher.compute import contexts_of
+from bidistill.teacher.compute import examples_of
 from bidistill.teacher.kinds import Kept, Teacher
 from bidistill.world import World
 
@@ -52,14 +51,7 @@ def prepare(config: TrainConfig, world: World) -> Ready:
     teacher_model.check_vocabulary(config, tokenizer)
     data, parallel = config.data, config.parallel
     with world.first_before_others():  # who finds the store and who makes it
-        examples = build_store(
-            data.train,
-            tokenizer,
-            contexts_of(config.teacher),
-            max_answer_tokens=data.max_answer_tokens,
-            folder=data.cache,
-            workers=data.workers,
-        )
+        examples = examples_of(config, tokenizer)
     guarded = guards.choose(config, examples)
     loader = RoleLoader(
         examples,

@@ -11,7 +11,6 @@ import os
 from dataclasses import replace
 
 from bidistill.config import TrainConfig
-from bidistill.data.build import build_store
 from bidistill.data.store import Selection
 from bidistill.errors import UserError
 from bidistill.loading import load_tokenizer
@@ -20,7 +19,7 @@ from bidistill.plan.table import as_json, as_text
 from bidistill.prepare import check, sampled
 from bidistill.progress import say
 from bidistill.teacher import model as teacher_model
-from bidistill.teacher.compute import contexts_of
+from bidistill.teacher.compute import examples_of
 
 HEADROOM = 0.05
 """Share of a device's memory that is left alone: the driver's own, and what the allocator cannot
@@ -57,14 +56,7 @@ def main(
     check(config)
     tokenizer = load_tokenizer(config.model.path)
     teacher_model.check_vocabulary(config, tokenizer)
-    store = build_store(
-        config.data.train,
-        tokenizer,
-        contexts_of(config.teacher),
-        max_answer_tokens=config.data.max_answer_tokens,
-        folder=config.data.cache,
-        workers=config.data.workers,
-    )
+    store = examples_of(config, tokenizer)
     planner = Planner(Selection(store, sampled(config)), ranks, target)
     limit = int(memory_gib * (1 - HEADROOM) * 2**30)
     given = planner.plan(config)

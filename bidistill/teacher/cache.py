@@ -21,7 +21,6 @@ import transformers
 from torch import nn
 
 from bidistill.config import TrainConfig
-from bidistill.data.build import build_store
 from bidistill.data.store import Selection, TokenStore
 from bidistill.distributed import put_back
 from bidistill.errors import UserError
@@ -32,7 +31,7 @@ from bidistill.objectives import needs_teacher
 from bidistill.progress import say
 from bidistill.teacher import model as teacher_model
 from bidistill.teacher.build import build_rows
-from bidistill.teacher.compute import contexts_of
+from bidistill.teacher.compute import examples_of
 from bidistill.teacher.forms import Best, Form, Hidden
 from bidistill.teacher.store import FORMAT, TeacherStore, problem_of
 from bidistill.world import World, device, join
@@ -74,14 +73,7 @@ def main(config: TrainConfig, *, check: bool = False) -> Path:
     tokenizer = load_tokenizer(config.model.path)
     teacher_model.check_vocabulary(config, tokenizer)
     with world.first_before_others():
-        tokens = build_store(
-            config.data.train,
-            tokenizer,
-            contexts_of(config.teacher),
-            max_answer_tokens=config.data.max_answer_tokens,
-            folder=config.data.cache,
-            workers=config.data.workers,
-        )
+        tokens = examples_of(config, tokenizer)
     examples = selected(config, tokens)
     folder, made_of, problem = _look(config, examples, world, thorough=True)
     if problem and check:

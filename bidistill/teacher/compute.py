@@ -14,10 +14,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from bidistill.config import TeacherConfig
+from bidistill.config import TeacherConfig, TrainConfig
+from bidistill.data.build import build_store
 from bidistill.data.loader import Batch
 from bidistill.data.records import ROLES, Role
+from bidistill.data.store import TokenStore
 from bidistill.data.views import Example, Message
 from bidistill.distributed import put_back, whole
 from bidistill.models import base_rows
@@ -31,6 +34,23 @@ CHUNK_TOKENS = 8192
 def contexts_of(config: TeacherConfig) -> dict[Role, Sequence[Message]]:
     """The messages that the teacher reads before the question, for every role."""
     return {role: config.contexts.get(role, config.default_context) for role in ROLES}
+
+
+def examples_of(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TokenStore:
+    """The tokens of a recipe's records, in the views of student and teacher; made where missing.
+
+    Raises:
+        UserError: the records cannot be read, or the folder for tokens cannot be written.
+    """
+    data = config.data
+    return build_store(
+        data.train,
+        tokenizer,
+        contexts_of(config.teacher),
+        max_answer_tokens=data.max_answer_tokens,
+        folder=data.cache,
+        workers=data.workers,
+    )
 
 
 class TeacherCache(Protocol):
