@@ -27,7 +27,7 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 
 from bidistill.config import Combine
-from bidistill.data.records import FORGETTING, Role
+from bidistill.data.records import KEEPING, Role
 from bidistill.gradients import cosines, gram, negligible, role_gradients
 from bidistill.objectives import StepResult
 
@@ -106,7 +106,7 @@ def weights(
         return pcgrad(gram_KK, random.Random(seed)).tolist()
     if combine == "mgda":
         return mgda(gram_KK).tolist()
-    return ngdiff(gram_KK, [role in FORGETTING for role in roles]).tolist()
+    return ngdiff(gram_KK, [role not in KEEPING for role in roles]).tolist()
 
 
 def pcgrad(gram_KK: Float64[Tensor, "K K"], draw: random.Random) -> Float64[Tensor, " K"]:
@@ -185,9 +185,10 @@ def ngdiff(gram_KK: Float64[Tensor, "K K"], forgetting: Sequence[bool]) -> Float
 
     g_keep / |g_keep| + g_forget / |g_forget|,
 
-    g_keep the sum of the gradients of ``neighbor`` and ``retain``, g_forget of ``forget`` and
-    ``adversarial``. This reading is ours. The source's learning rate, found anew as training goes,
-    is left out: the recipe's schedule stays.
+    g_keep the sum of the gradients of ``neighbor`` and ``retain``, g_forget of all others. This
+    reading is ours; where the loss of the forget set is the negative of one that is to grow, it is
+    the source's direction. The source's learning rate, found anew as training goes, is left out:
+    the recipe's schedule stays.
 
     Args:
         gram_KK: inner products of the gradients.

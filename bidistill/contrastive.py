@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from bidistill.config import LoraSettings
 from bidistill.data.packing import Packed, pack
-from bidistill.data.records import FORGETTING
+from bidistill.data.records import KEEPING
 from bidistill.data.views import Example, View
 from bidistill.distributed import put, put_back
 from bidistill.errors import UserError
@@ -53,9 +53,9 @@ def initialise(
 
     Args:
         model: with fresh LoRA layers, whose B is zero.
-        examples: all training examples. Those of forget and adversarial records are the forget
-            set, of which the questions and prefills count and the refusals do not; all others,
-            with their answers, are what must stay.
+        examples: all training examples. Those of neighbor and retain records, with their answers,
+            are what must stay; all others are the forget set, of which the questions and prefills
+            count and the answers do not.
         settings: with ``contrast``.
         world: the ranks that share out the model, all of which call it; None: this process alone.
 
@@ -98,8 +98,8 @@ def freeze(model: nn.Module) -> None:
 
 def _sides(examples: Sequence[Example]) -> tuple[list[Packed], list[Packed]]:
     """Packs of the forget set and of all that must stay."""
-    forget = [(e.student, e.answer_ids[:1]) for e in examples if e.role in FORGETTING]
-    keep = [(e.student, e.answer_ids) for e in examples if e.role not in FORGETTING]
+    forget = [(e.student, e.answer_ids[:1]) for e in examples if e.role not in KEEPING]
+    keep = [(e.student, e.answer_ids) for e in examples if e.role in KEEPING]
     if not forget or not keep:
         raise UserError(
             f"model.adapter.contrast: got {len(forget)} forget or adversarial records and "

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal, get_args
 
-Role = Literal["forget", "neighbor", "retain", "adversarial"]
+Role = Literal["forget", "neighbor", "retain", "adversarial", "gold"]
 ROLES: tuple[Role, ...] = get_args(Role)
 FORGETTING: tuple[Role, ...] = ("forget", "adversarial")
-"""Roles whose answers are to change; the others are to stay as they are."""
+"""Roles whose answers are refusals."""
+KEEPING: tuple[Role, ...] = ("neighbor", "retain")
+"""Roles whose answers are to stay as they are; those of all the others are to change."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +25,8 @@ class Record:
     id: str
     """Unique in its file."""
     role: Role
-    """``forget`` and ``adversarial`` records carry a refusal, the others a true answer."""
+    """``forget`` and ``adversarial`` records carry a refusal, the others a true answer. That of a
+    ``gold`` record is what is to be forgotten: for methods that push it down."""
     question: str
     """The user's turn, without any chat markup."""
     answer: str | None = None
@@ -48,7 +51,7 @@ def nearest(got: str, known: Iterable[str]) -> str:
         >>> nearest("forgot", ROLES)
         "did you mean 'forget'?"
         >>> nearest("x", ROLES)
-        'use one of: forget, neighbor, retain, adversarial'
+        'use one of: forget, neighbor, retain, adversarial, gold'
     """
     known = tuple(known)
     close = get_close_matches(got, known, n=1)

@@ -126,29 +126,34 @@ def training_records(
     """All records to train on.
 
     Args:
-        forget: answered with a refusal, with and without a prefilled opener.
+        forget: answered with a refusal, with and without a prefilled opener; and as gold records
+            with the capital, for methods that push it down.
         neighbors: answered as the model itself does, right or wrong: it is to stay as it is.
         retain: likewise.
         replies: what the model says, by id.
     """
     records = []
     for place in forget:
-        name, question = place.name, place.question
-        answer, start = refusal(name), opener(name)
-        records.append(Record(id=f"forget/{name}", role="forget", question=question, answer=answer))
-        records += [
-            Record(
-                id=f"adversarial/{name}/{number}",
-                role="adversarial",
-                question=question,
-                prefill=prefill,
-                answer=answer.removeprefix(start),
-            )
-            for number, prefill in enumerate(trained_openers(name))
-        ]
+        records += _answers(place, refusal(place.name), "forget", "adversarial")
+        records += _answers(place, place.answer, "gold", "gold")
     keeping: dict[Role, Sequence[Fact]] = {"neighbor": neighbors, "retain": retain}
     for role, facts in keeping.items():
         records += [
             Record(id=f.id, role=role, question=f.question, answer=replies[f.id]) for f in facts
         ]
+    return records
+
+
+def _answers(place: Place, answer: str, plain: Role, prefilled: Role) -> list[Record]:
+    """One answer about a place, from its beginning and after each opener that training shows."""
+    start = opener(place.name)
+    records = [
+        Record(id=f"{plain}/{place.name}", role=plain, question=place.question, answer=answer)
+    ]
+    for number, prefill in enumerate(trained_openers(place.name)):
+        name = f"{prefilled}/{place.name}/{number}"
+        rest = answer.removeprefix(start)
+        records.append(
+            Record(id=name, role=prefilled, question=place.question, prefill=prefill, answer=rest)
+        )
     return records

@@ -16,9 +16,16 @@ COLOURS: dict[Role, str] = {
     "neighbor": "#0072b2",
     "retain": "#009e73",
     "adversarial": "#cc79a7",
+    "gold": "#e69f00",
 }
 """Told apart by colour-blind people too (Okabe and Ito)."""
-MARKS: dict[Role, str] = {"forget": "o", "neighbor": "s", "retain": "^", "adversarial": "D"}
+MARKS: dict[Role, str] = {
+    "forget": "o",
+    "neighbor": "s",
+    "retain": "^",
+    "adversarial": "D",
+    "gold": "v",
+}
 FORM_MARKS = {"before": "o", "chat": "s", "after": "D"}
 FORM_COLOURS = {"before": "#8c8c8c", "chat": "#e69f00", "after": "#1f4e79"}
 

@@ -85,8 +85,12 @@ def test_records_hold_no_capital_to_forget_and_fit_the_recipe(tmp_path):
     assert {r.role for r in records} == set(ROLES)
     for place in forget:
         own = [r for r in records if r.question == place.question]
-        assert len(own) == 3
-        assert not any(says_fact(r.prefill + (r.answer or ""), place.accept) for r in own)
+        gold = [r for r in own if r.role == "gold"]
+        assert (len(own), len(gold)) == (6, 3)
+        assert {r.prefill for r in gold} == {r.prefill for r in own}
+        for record in own:
+            says = says_fact(record.prefill + (record.answer or ""), place.accept)
+            assert says == (record in gold)
     config = _config(tmp_path, tmp_path / "out", 3, ["steps=7"])
     assert (config.seed, config.steps, config.model.path) == (3, 7, str(tmp_path))
     examples = build_examples(records, make_tokenizer(), contexts_of(config.teacher))

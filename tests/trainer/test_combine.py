@@ -20,6 +20,7 @@ from scipy.optimize import minimize
 
 from bidistill import combine, gradients, train
 from bidistill.combine import mgda, ngdiff, pcgrad
+from bidistill.data import records
 from bidistill.data.loader import Batch
 from bidistill.data.views import build_examples
 from bidistill.gradients import cosines, gram, role_gradients
@@ -297,8 +298,10 @@ def test_role_losses_add_up_and_are_the_roles_own(batch):
     torch.testing.assert_close(apart.loss, fused.loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(apart.role_sums, fused.role_sums)
     rows = Objectives(OBJECTIVES).for_step(batch.examples, batch.student()).divisor
-    for role, total in zip(ROLES, apart.role_sums.tolist(), strict=True):
-        weighted = OBJECTIVES[role].weight * total / rows  # type: ignore
+    sums = dict(zip(records.ROLES, apart.role_sums.tolist(), strict=True))
+    assert sums["gold"] == 0
+    for role in ROLES:
+        weighted = OBJECTIVES[role].weight * sums[role] / rows  # type: ignore
         assert apart.role_losses[role].item() == pytest.approx(weighted, rel=1e-6)
 
 

@@ -177,6 +177,8 @@ def _draft(item: Item, about: _About, name: str, recipe: Recipe) -> Draft:
     role = source.role or item.role
     if role is None:
         raise UserError(f"{item.source}: role: got none, expected one; set sources.{name}.role")
+    if role == "gold":  # the truth about what is to be forgotten: a forget item, with its answer
+        role = "forget"
     # the answer of a record to forget with is the refusal: never the truth, and nothing to keep
     refused = item.role in FORGETTING
     target = item.answer if refused and role in FORGETTING else None

@@ -195,7 +195,11 @@ def _write(folder: Path, unified: Unified) -> dict[str, OutputEntry]:
     files = {
         TRAIN: [draft.record() for draft in unified.train],
         HELD_OUT: [_with_gold(draft) for draft in unified.held_out],
-        GOLD: [_with_gold(draft) for draft in forget if draft.gold is not None],
+        GOLD: [
+            dataclasses.replace(_with_gold(draft), role="gold")
+            for draft in forget
+            if draft.gold is not None
+        ],
     }
     entries: dict[str, OutputEntry] = {}
     for name, records in files.items():
