@@ -3,8 +3,8 @@
 .. code-block:: text
 
     places.csv, questions.csv                         bidistill/demo/facts.py
-      -> what the model says about each of them       measured before anything is trained
-      -> training records, probes, recipe.yaml        bidistill/demo/build.py
+      -> what the model says about each of them       bidistill/demo/prepare.py
+      -> training records, probes                     bidistill/demo/build.py
       -> train (as for any other recipe)              bidistill/train.py
       -> the same probes again                        bidistill/evaluation/
       -> metrics.json, report.html, report.md         runs/demo

@@ -6,7 +6,6 @@ import resource
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bidistill import about, export, run_folder, train
 from bidistill.config import TrainConfig, as_dict, load_config
-from bidistill.data.readers import write_records
-from bidistill.demo import build
-from bidistill.demo.facts import FORGET, Fact, general, places
+from bidistill.demo.prepare import BEFORE, RECORDS, prepare
 from bidistill.errors import UserError
 from bidistill.evaluation import write_items
-from bidistill.evaluation.axes import evaluate, summarise
-from bidistill.evaluation.generation import generate
-from bidistill.evaluation.probes import Probe, write_probes
+from bidistill.evaluation.axes import evaluate
 from bidistill.evaluation.report import render
 from bidistill.files import write_json, write_text
 from bidistill.loading import load_base, load_tokenizer
@@ -33,7 +28,7 @@ from bidistill.progress import say
 
 METRICS = "metrics.json"
 OWN = {
-    *("data", "recipe.yaml", "items_before.jsonl", "items_after.jsonl", METRICS),
+    *("data", "recipe.yaml", BEFORE, "items_after.jsonl", METRICS),
     *("report.html", "report.md", run_folder.RUN, *run_folder.RESULTS),
 }
 """All that a demo writes."""
@@ -73,7 +68,7 @@ def run(
     _prepare(output, resume, overwrite)
     run_folder.check(config, resume)  # before anything of an earlier run is written anew
     model, tokenizer = load_base(model_dir), load_tokenizer(model_dir)
-    probes, before = _before(model, tokenizer, output, seed, extra_neighbors)
+    probes, before = prepare(model, tokenizer, output, seed, extra_neighbors=extra_neighbors)
     del model
 
     # the same training can be had by hand: bidistill train <output>/recipe.yaml output=...
@@ -109,7 +104,7 @@ def _config(model_dir: Path, output: Path, seed: int, overrides: Sequence[str]) 
     """The demo's recipe with its blanks filled in."""
     blanks = {
         "model.path": str(model_dir),
-        "data.train": str(output / "data" / "train.jsonl"),
+        "data.train": str(output / RECORDS),
         "output": str(output),
         "seed": seed,
     }
@@ -135,52 +130,6 @@ def _prepare(output: Path, resume: bool, overwrite: bool) -> None:
             "--resume goes on with an interrupted demo, --overwrite replaces an earlier one"
         )
     shutil.rmtree(output)
-
-
-def _before(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    output: Path,
-    seed: int,
-    extra_neighbors: bool,
-) -> tuple[list[Probe], dict[str, Any]]:
-    """Measure what the model knows, and write probes and training records accordingly."""
-    countries = [p for p in places() if p.is_country]
-    regions = [p for p in places() if not p.is_country and extra_neighbors]
-    questions = general()
-    # every fourth general question trains, the others measure
-    retain = questions[::4]
-    retain_held_out = [q for index, q in enumerate(questions) if index % 4]
-    forget = [p for p in countries if p.name in FORGET]
-    asked = [
-        *(build.probe(p, "forget" if p in forget else "neighbor") for p in countries),
-        *(build.probe(q, "retain") for q in retain_held_out),
-    ]
-    _, items = evaluate(model, tokenizer, asked, label="before")
-    plain = {item["id"]: item for item in items if item["depth"] == 0}
-    others: list[Fact] = [*regions, *retain]
-    prompts = [(fact.question, "") for fact in others]
-    answers = generate(model, tokenizer, prompts, label="own answers")
-    replies = {key: item["continuation"] for key, item in plain.items()}
-    replies |= {fact.id: answer for fact, answer in zip(others, answers, strict=True)}
-
-    known = [p for p in countries if plain[p.id]["leak"]]
-    parts = build.split(countries, build.margins(model, tokenizer, known, replies), seed)
-    unknown = [p for p in countries if p not in known and p not in forget and extra_neighbors]
-    neighbors = [*parts.trained, *unknown, *regions]
-    records = build.training_records(forget, neighbors, retain, replies)
-    write_records(output / "data" / "train.jsonl", records)
-
-    groups = {p.id: "neighbor_train" for p in parts.trained}
-    groups |= {p.id: "neighbor" for p in parts.held_out}
-    groups |= {p.id: "forget" for p in forget} | {q.id: "retain" for q in retain_held_out}
-    probes = [replace(p, group=groups[p.id]) for p in asked if p.id in groups]
-    write_probes(output / "data" / "probes.jsonl", probes)
-    items = [{**item, "group": groups[item["id"]]} for item in items if item["id"] in groups]
-    write_items(output / "items_before.jsonl", items)
-    counts = f"{len(known)} of {len(countries)} capitals known, {len(parts.held_out)} held out"
-    say(f"{counts}; {len(records)} training records")
-    return probes, summarise(items)
 
 
 def _merge(
