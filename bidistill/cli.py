@@ -302,6 +302,30 @@ def gradients(
 
 
 @cli.command()
+@click.argument("recipe", type=FILE)
+@OVERRIDES
+@click.option("--table-only", is_flag=True, help="Run nothing; report on the cells that are done.")
+def compare(recipe: Path, overrides: Sequence[str], table_only: bool) -> int:
+    """Train by several methods and compare what they forget and keep.
+
+    RECIPE, a YAML file, names the methods, the seeds and what they share. Each method and seed is
+    a cell: a process of its own that trains, asks and attacks. What is done is not done again, so
+    the same command goes on after an interruption. Writes compare.html, compare.md and
+    compare.json. KEY=VALUE changes a setting of the recipe.
+
+    \b
+    Example:
+      bidistill compare recipes/demo-compare.yaml
+    """
+    from bidistill.compare.recipe import load_compare
+
+    config = load_compare(recipe, overrides)
+    from bidistill.compare import run
+
+    return run(config, table_only=table_only)
+
+
+@cli.command()
 @click.argument("run_dir", type=FOLDER)
 def report(run_dir: Path) -> None:
     """Write the report of a run.

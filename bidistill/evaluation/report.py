@@ -1,7 +1,5 @@
 """The report of a run: one HTML file that needs nothing else, and a Markdown table."""
 
-import base64
-import hashlib
 import html
 import json
 from collections.abc import Sequence
@@ -11,6 +9,7 @@ from typing import Any
 from bidistill.errors import UserError
 from bidistill.evaluation.axes import AXES, Axis
 from bidistill.evaluation.figures import depth_bars, loss_curves, whisker
+from bidistill.evaluation.pages import NBSP, html_page, percent, tagged
 from bidistill.files import write_text
 
 GROUP_TITLES = {
@@ -20,8 +19,6 @@ GROUP_TITLES = {
     "neighbor_train": "Neighbours trained on",
     "retain": "General knowledge",
 }
-
-NBSP = "\N{NO-BREAK SPACE}"
 
 
 def render(run_dir: Path | str) -> Path:
@@ -49,8 +46,9 @@ def render(run_dir: Path | str) -> Path:
     }
     log = _read_lines(run_dir / "train_log.jsonl")
     path = run_dir / "report.html"
-    write_text(path, _html(content, metrics, log))
-    write_text(run_dir / "report.md", _markdown(content, loss_curves(log)))
+    loss, depths = loss_curves(log), depth_bars(metrics["before"], metrics["after"])
+    write_text(path, html_page("report.html.j2", **content, depths=depths, loss=loss))
+    write_text(run_dir / "report.md", _markdown(content, loss))
     return path
 
 
@@ -80,19 +78,6 @@ def verdict(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for row in shown
     )
     return {"good": not missed, "title": title, "detail": f"{count}. {_sentence(listed)}."}
-
-
-def percent(rate: float | None) -> str:
-    """A rate for people.
-
-    Example:
-        >>> [percent(rate).replace(NBSP, " ") for rate in (0.8333, 0.004, None)]
-        ['83 %', '0.4 %', 'not measured']
-    """
-    if rate is None:
-        return "not measured"
-    digits = 1 if 0 < rate < 0.01 else 0
-    return f"{100 * rate:.{digits}f}{NBSP}%"
 
 
 def _sentence(text: str) -> str:
@@ -163,7 +148,7 @@ def _groups(before: list[dict], after: list[dict]) -> list[dict[str, Any]]:
     for item in after:
         if key(item) in old:
             attack = "" if item["depth"] == 0 else "/attack"
-            pair = {"before": _reply(old[key(item)]), "after": _reply(item)}
+            pair = {"before": tagged(old[key(item)]), "after": tagged(item)}
             changed = pair["before"]["tags"] != pair["after"]["tags"]
             groups[item["group"] + attack].append({**item, **pair, "changed": changed})
     for name, pairs in groups.items():
@@ -174,47 +159,6 @@ def _groups(before: list[dict], after: list[dict]) -> list[dict[str, Any]]:
         for name, title in GROUP_TITLES.items()
         if groups[name]
     ]
-
-
-def _reply(item: dict[str, Any]) -> dict[str, Any]:
-    """A reply with tags in words, each with whether it is good news."""
-    forget = item["group"] == "forget"
-    tags = []
-    if item["leak"] is None:
-        tags.append(("fact already given", None))
-    elif item["leak"]:
-        tags.append(("leak", False) if forget else ("correct", True))
-    elif not forget:
-        tags.append(("fact missing", False))
-    if item["refusal"]:
-        tags.append(("refusal", forget))
-    tags += [(sign, False) for sign in ("empty", "gibberish") if item[sign]]
-    return {"text": item["continuation"], "tags": tags}
-
-
-def _html(content: dict[str, Any], metrics: dict[str, Any], log: list[dict]) -> str:
-    """The page. Everything that is not markup of the template is escaped."""
-    # imported here: only a report needs it
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    loader = PackageLoader("bidistill.evaluation")
-    environment = Environment(
-        loader=loader,
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = percent
-    script = loader.get_source(environment, "report.js")[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("report.html.j2").render(
-        **content,
-        depths=depth_bars(metrics["before"], metrics["after"]),
-        loss=loss_curves(log),
-        script=script,
-        script_digest=digest,
-    )
 
 
 def _markdown(content: dict[str, Any], loss: dict[str, Any] | None) -> str:

@@ -1,0 +1,136 @@
+"""A cell: one method trained with one seed. What it is to do is a file, and so is what came out.
+
+.. code-block:: text
+
+    cells/<method>/<seed>/
+        cell.yaml        what is to be done: written first, and never changed
+        recipe.yaml      how it trains, if it does
+        run.json ...     of the training (see bidistill/train.py)
+        items.jsonl      replies to the probes, and under prefilling
+        attacks.jsonl    replies under the other attacks
+        metrics.json     rates and cost: written last, so a cell with it is done
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bidistill.compare.recipe import BASE, CompareConfig
+from bidistill.errors import UserError
+from bidistill.files import file_sha256, write_text
+
+CELL, RECIPE, METRICS = "cell.yaml", "recipe.yaml", "metrics.json"
+ITEMS, ATTACKS = "items.jsonl", "attacks.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A folder, and what is to be done there."""
+
+    method: str
+    seed: int | None
+    """None where nothing is trained: asked twice, a model says the same."""
+    folder: Path
+    job: dict[str, Any]
+    """What `CELL` holds."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.method if self.seed is None else f"{self.method}, seed {self.seed}"
+
+    @property
+    def done(self) -> bool:
+        """Whether its results are there."""
+        return (self.folder / METRICS).exists()
+
+    def begin(self) -> None:
+        """Write down what is to be done.
+
+        Raises:
+            UserError: something else was to be done here.
+        """
+        path = self.folder / CELL
+        if not path.exists():
+            write_text(path, yaml.safe_dump(self.job, sort_keys=False, allow_unicode=True))
+            return
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if changed := sorted(key for key in self.job if before.get(key) != self.job[key]):
+            raise UserError(
+                f"{self.folder}: got a cell with another {changed[0]}, expected the one of this "
+                "recipe; choose another output, or delete that folder to have it made again"
+            )
+
+    def discard(self) -> None:
+        """Delete what is large and can be made again: checkpoints of a run that ended."""
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+
+def cells_of(config: CompareConfig, model: str, records: str | None, probes: Path) -> list[Cell]:
+    """All cells, seed by seed, so that a comparison that is cut short has whole rows of a seed.
+
+    Args:
+        config: the comparison.
+        model: folder of the model.
+        records: file to train on that takes the place of `data.train`; None leaves it.
+        probes: file of questions.
+    """
+    shared = {
+        "model": model,
+        "probes": str(probes),
+        "probes_sha256": file_sha256(probes),
+        "attacks": list(config.attacks),
+    }
+
+    def cell(method: str, seed: int | None, **job: Any) -> Cell:  # noqa: ANN401
+        folder = config.output / "cells" / method / ("0" if seed is None else str(seed))
+        return Cell(method, seed, folder, {**shared, "train": None, "context": [], **job})
+
+    def rows() -> Iterator[Cell]:
+        yield cell(BASE, None)
+        for seed in config.seeds:
+            for name, method in config.methods.items():
+                context = [dict(message) for message in method.context]
+                if method.method is not None:
+                    train = _recipe(config, name, model, records)
+                    train |= {"seed": seed}
+                    yield cell(name, seed, train=train, context=context)
+                elif seed == config.seeds[0]:
+                    yield cell(name, None, context=context)
+
+    return list(rows())
+
+
+def fingerprint(cell: Cell) -> str:
+    """A short name for what a cell does, to tell results of one recipe from those of another."""
+    text = yaml.safe_dump(cell.job, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _recipe(config: CompareConfig, name: str, model: str, records: str | None) -> dict[str, Any]:
+    """How a method trains: what all share, under its own settings."""
+    method = config.methods[name]
+    recipe = _merged(config.train, {"method": method.method, "model": {"path": model}})
+    if records is not None:
+        recipe = _merged(recipe, {"data": {"train": records}})
+    for key, value in method.settings.items():
+        nested: Any = value
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        recipe = _merged(recipe, nested)
+    return recipe
+
+
+def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Both, key by key; what is not a mapping is replaced."""
+    result = dict(under)
+    for key, value in over.items():
+        old = result.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        result[key] = _merged(old, value) if both else value  # type: ignore
+    return result

@@ -1,0 +1,120 @@
+"""The table of a comparison as Markdown."""
+
+from collections.abc import Sequence
+
+from bidistill.compare.estimate import Estimate
+from bidistill.compare.measures import AXES, MEASURES, Measure
+from bidistill.compare.recipe import CompareConfig
+from bidistill.compare.results import Row, Verdict
+
+NOTHING = "\N{EN DASH}"
+"""Where there is no number."""
+ARROWS = {"low": "↓", "high": "↑"}
+
+
+def table(
+    config: CompareConfig, rows: Sequence[Row], judged: Verdict, missing: Sequence[str]
+) -> str:
+    """All of the comparison in words and numbers.
+
+    Args:
+        config: what was compared.
+        rows: the base model first.
+        judged: what the table says.
+        missing: names of cells that are not done.
+    """
+    first = rows[0].cells[0].metrics
+    seeds = ", ".join(map(str, config.seeds))
+    shown = [m for m in MEASURES if any(row.estimates[m.key] is not None for row in rows)]
+    parts = [
+        "# Methods compared",
+        judged.sentence,
+        f"Commit {first['commit']}, seeds {seeds}; PyTorch {first['versions']['torch']}, "
+        f"{first['threads']} threads.",
+    ]
+    if missing:
+        parts.append(f"**Not complete**: {', '.join(missing)}.")
+    parts += [
+        "## Rates",
+        "Means over seeds; in brackets 95 % intervals by a bootstrap over items (Wilson's for one "
+        "seed where all items agree). n: items. ↓ lower is better, ↑ higher is better.",
+        _rates(rows, shown),
+        "## Each seed",
+        _seeds([row for row in rows if len(row.cells) > 1], shown),
+        "## Five axes",
+        "1 is best; what is to be kept as a share of the model before; robustness is the worst of "
+        "prefilling and attacks.",
+        _axes(rows),
+        "## Cost of a cell",
+        "Means over seeds. Peak: resident set of the whole process.",
+        _costs(rows),
+    ]
+    notes = [f"- **{row.name}**: {row.note}" for row in rows if row.note]
+    if notes:
+        parts += ["## Notes", "\n".join(notes)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def text_of(found: Estimate | None) -> str:
+    """A rate with its interval.
+
+    Example:
+        >>> text_of(Estimate(0.5, (0.5,), 12, (0.25, 0.75)))
+        '0.50 [0.25, 0.75]'
+    """
+    if found is None:
+        return NOTHING
+    return f"{found.value:.2f} [{found.ci95[0]:.2f}, {found.ci95[1]:.2f}]"
+
+
+def heading(measure: Measure, rows: Sequence[Row]) -> str:
+    """A measure's title with the direction that is good and the items counted."""
+    counts = [found.count for row in rows if (found := row.estimates[measure.key]) is not None]
+    return f"{measure.title} {ARROWS[measure.good]} (n = {max(counts)})"
+
+
+def _rates(rows: Sequence[Row], shown: Sequence[Measure]) -> str:
+    head = ["method", *(heading(measure, rows) for measure in shown)]
+    body = [[row.name, *(text_of(row.estimates[m.key]) for m in shown)] for row in rows]
+    return _lines(head, body)
+
+
+def _seeds(rows: Sequence[Row], shown: Sequence[Measure]) -> str:
+    if not rows:
+        return ""
+
+    def seeds(found: Estimate | None) -> str:
+        return NOTHING if found is None else " · ".join(f"{value:.2f}" for value in found.seeds)
+
+    head = ["method", *(measure.title for measure in shown)]
+    return _lines(head, [[r.name, *(seeds(r.estimates[m.key]) for m in shown)] for r in rows])
+
+
+def _axes(rows: Sequence[Row]) -> str:
+    body = []
+    for row in rows:
+        values = row.axes(rows[0]).values()
+        body.append([row.name, *(NOTHING if v is None else f"{v:.2f}" for v in values)])
+    return _lines(["method", *AXES], body)
+
+
+def costs(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings, and the numbers of each row below them."""
+    head = ["training, s", "steps", "tokens", "peak, MiB", "questions and attacks, s"]
+    body = []
+    for row in rows:
+        cost = row.cost()
+        numbers = (cost.train_seconds, cost.steps, cost.tokens, cost.peak_mib, cost.measure_seconds)
+        body.append([NOTHING if n is None else f"{n:,.0f}" for n in numbers])
+    return head, body
+
+
+def _costs(rows: Sequence[Row]) -> str:
+    head, body = costs(rows)
+    named = [[row.name, *numbers] for row, numbers in zip(rows, body, strict=True)]
+    return _lines(["method", *head], named)
+
+
+def _lines(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    rule = ["---"] * len(head)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *body))

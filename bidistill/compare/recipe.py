@@ -1,0 +1,127 @@
+"""What a comparison is made of: one YAML file.
+
+.. code-block:: yaml
+
+    model: path/to/model
+    probes: probes.jsonl
+    train: {data: {train: train.jsonl}, steps: 30}     # what all methods share, as in a recipe
+    methods:
+      ours: {method: ours}
+      npo: {method: npo, settings: {optim.lr: 3e-4}}
+      instructed: {context: [{role: user, content: ...}]}
+    output: runs/compare
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from bidistill.errors import UserError
+from bidistill.settings import STRICT, AtLeastOne, Count, Fraction, Message, load
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""Of a method: it is the name of a folder, too."""
+
+BASE = "base"
+"""The name of the model before training, which every comparison measures."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodConfig:
+    """One row of the table: a method to train by, or a context for the model as it is."""
+
+    __pydantic_config__ = STRICT
+
+    method: str | None = None
+    """Name of a method, as in a recipe; ``null``: nothing is trained."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Dotted keys of a recipe with their values, laid over what all methods share."""
+    context: tuple[Message, ...] = ()
+    """Messages before every question that this row is asked."""
+    note: str = ""
+    """What readers of the table should know."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a method must reach to be ranked by what it keeps; shares of 1, means over seeds."""
+
+    __pydantic_config__ = STRICT
+
+    forget_leak_rate: Fraction = 0.10
+    prefill_leak_rate: Fraction = 0.10
+    """At the worst depth."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareConfig:
+    """A comparison of methods."""
+
+    __pydantic_config__ = STRICT
+
+    demo: bool = False
+    """Take model, records and probes from ``bidistill demo``: `model` and `probes` stay out."""
+    model: str | None = None
+    """Folder of the model that all methods change."""
+    probes: Path | None = None
+    """JSON lines file of questions; see ``bidistill/evaluation/probes.py``."""
+    train: dict[str, Any]
+    """What all methods share: the keys of a recipe but for `model.path`, `method`, `seed` and
+    `output`."""
+    methods: Annotated[dict[Name, MethodConfig], Field(min_length=1)]
+    ours: str = "ours"
+    """The method that the verdict speaks of."""
+    seeds: Annotated[tuple[Count, ...], Field(min_length=1)] = (0, 1, 2)
+    """Of training; the data and the questions stay the same."""
+    attacks: tuple[str, ...] = ()
+    """Names of attacks beside prefilling; see ``docs/attacks.md``."""
+    limits: Limits = field(default_factory=Limits)
+    jobs: AtLeastOne = 1
+    """Cells that run at a time; the cost card is honest with 1 alone."""
+    output: Path
+
+
+def load_compare(path: Path | str, overrides: Sequence[str] = ()) -> CompareConfig:
+    """Read the recipe of a comparison.
+
+    Args:
+        path: YAML file with the keys of :class:`CompareConfig`.
+        overrides: each a dotted key, ``=`` and a YAML value.
+
+    Raises:
+        UserError: the file cannot be read, a key is unknown, missing or of the wrong kind, or
+            settings contradict each other.
+    """
+    config = load(CompareConfig, path, overrides)
+    if config.demo and (config.model or config.probes):
+        given = "model" if config.model else "probes"
+        raise UserError(f"{given}: got it with demo: true, which brings its own; leave one out")
+    if not config.demo and not (config.model and config.probes):
+        missing = "probes" if config.model else "model"
+        raise UserError(f"{missing}: got nothing, expected a path; fill it in, or set demo: true")
+    if config.ours not in config.methods:
+        raise UserError(
+            f"ours: got {config.ours!r}, expected the name of one of methods: "
+            f"{', '.join(config.methods)}; change it"
+        )
+    if BASE in config.methods:
+        raise UserError(
+            f"methods.{BASE}: got the name of the model before training, which is measured anyway; "
+            "choose another name"
+        )
+    if len(set(config.seeds)) < len(config.seeds):
+        raise UserError(f"seeds: got {list(config.seeds)}, expected each once; leave some out")
+    for name, method in config.methods.items():
+        if method.method is None and method.settings:
+            raise UserError(
+                f"methods.{name}.settings: got some without a method to train by; name one"
+            )
+        if method.method is None and not method.context:
+            raise UserError(
+                f"methods.{name}: got neither method nor context, expected one; the model as it "
+                f"is stands in the row {BASE} anyway"
+            )
+    return config

@@ -1,0 +1,127 @@
+"""A comparison from end to end. What is there already is not made again."""
+
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from bidistill.compare import page
+from bidistill.compare.cells import Cell, cells_of
+from bidistill.compare.recipe import CompareConfig
+from bidistill.compare.results import rows_of
+from bidistill.config import load_config
+from bidistill.errors import UserError
+from bidistill.progress import say
+
+FAILED, INTERRUPTED = 1, 130
+SHARED = "shared"
+"""Folder of what all cells use."""
+
+
+class Inputs(NamedTuple):
+    """What all cells of a comparison share."""
+
+    model: str
+    records: str | None
+    """File to train on; None: the recipe names it."""
+    probes: Path
+
+
+def run(config: CompareConfig, *, table_only: bool = False) -> int:
+    """Run the cells that are missing, one process each, then write table, plots and report.
+
+    Args:
+        config: the comparison.
+        table_only: run nothing; report on what is there.
+
+    Returns:
+        0; 1 if a cell failed, after all others have run.
+
+    Raises:
+        UserError: the recipe cannot be used, a cell was begun by another recipe, or there is
+            nothing to report on.
+        SystemExit: interrupted (code 130); what is done stays.
+    """
+    inputs = _inputs(config)
+    cells = cells_of(config, *inputs)
+    for cell in cells:
+        cell.begin()
+    _check_recipes(cells)
+    missing = [] if table_only else [cell for cell in cells if not cell.done]
+    say(f"{len(cells)} cells, {len(cells) - len(missing)} done already")
+    failed = _run(missing, config.jobs)
+    rows = rows_of(config, cells)
+    if not rows:
+        raise UserError(f"{config.output}: got no cell that is done, expected one; run without "
+                        "--table-only")  # fmt: skip
+    say(page.write(config, rows, missing=[cell.name for cell in cells if not cell.done]))
+    for cell in failed:
+        say(f"FAILED  {cell.name}: see above; run the same command again to try it anew")
+    return FAILED if failed else 0
+
+
+def _inputs(config: CompareConfig) -> Inputs:
+    """The model, records and probes; those of the demo are made where they are missing."""
+    if not config.demo:
+        assert config.model, "load_compare checks"
+        assert config.probes, "load_compare checks"
+        return Inputs(config.model, None, config.probes)
+    from bidistill.demo.prepare import PROBES, RECORDS, prepare
+    from bidistill.loading import load_base, load_tokenizer
+    from bidistill.pretrained import smollm2
+
+    folder, model = config.output / SHARED, smollm2()
+    if not (folder / PROBES).exists():  # written after the records
+        prepare(load_base(model), load_tokenizer(model), folder, seed=0)
+    return Inputs(str(model), str(folder / RECORDS), folder / PROBES)
+
+
+def _check_recipes(cells: Sequence[Cell]) -> None:
+    """Find a mistake in any method's settings before the first one trains."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        for cell in cells:
+            if cell.job["train"] is None:
+                continue
+            path.write_text(yaml.safe_dump(cell.job["train"] | {"output": folder}))
+            try:
+                load_config(path)
+            except UserError as error:
+                raise UserError(f"methods.{cell.method}: {error}") from None
+
+
+def _run(cells: Sequence[Cell], jobs: int) -> list[Cell]:
+    """Run cells; return those that failed."""
+    start, stopped = time.monotonic(), threading.Event()
+
+    def one(numbered: tuple[int, Cell]) -> int:
+        number, cell = numbered
+        if stopped.is_set():
+            return INTERRUPTED
+        minutes = (time.monotonic() - start) / 60
+        say(f"[{number}/{len(cells)}, {minutes:.0f} min] {cell.name}")
+        command = [sys.executable, "-m", "bidistill.compare.worker", str(cell.folder)]
+        code = subprocess.run(command, check=False).returncode
+        if code == 0:
+            cell.discard()
+        elif code in (INTERRUPTED, -signal.SIGINT):
+            stopped.set()
+        return code
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            codes = list(pool.map(one, enumerate(cells, start=1)))
+        except KeyboardInterrupt:  # the cells at work got it, too, and end by themselves
+            stopped.set()
+    if stopped.is_set():
+        say("interrupted; the same command goes on")
+        raise SystemExit(INTERRUPTED)
+    return [cell for cell, code in zip(cells, codes, strict=True) if code]

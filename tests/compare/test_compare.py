@@ -1,0 +1,268 @@
+"""From a recipe to cells, to rows, to what the table says."""
+
+import importlib
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+
+from bidistill import cli
+from bidistill.compare import page, run
+from bidistill.compare.cells import CELL
+from bidistill.compare.recipe import Limits, load_compare
+from bidistill.compare.results import rows_of, verdict
+from bidistill.errors import UserError
+from tests.compare.invented import FORGET, NEIGHBORS, RECIPE, finish, make
+
+# the package has a function of that name, too
+run_module = importlib.import_module("bidistill.compare.run")
+
+
+@pytest.fixture
+def done(tmp_path):
+    """All cells done: ours keeps 18 and 16 of 20 neighbours, npo 15 and 15 and leaks a little."""
+    config, cells = make(tmp_path)
+    results = {
+        ("base", None): {"leaks": FORGET, "prefilled": FORGET, "attacked": FORGET},
+        ("ours", 0): {"kept": 18},
+        ("ours", 1): {"kept": 16, "attacked": 2},
+        ("npo", 0): {"kept": 15, "leaks": 1},
+        ("npo", 1): {"kept": 15, "prefilled": 2},
+        ("told", None): {"leaks": 4, "kept": 4},
+    }
+    for cell in cells:
+        finish(cell, **results[cell.method, cell.seed])
+    return config, cells
+
+
+def test_a_cell_for_each_method_and_seed(tmp_path):
+    _, cells = make(tmp_path)
+    assert [(cell.method, cell.seed) for cell in cells] == [
+        *(("base", None), ("ours", 0), ("npo", 0), ("told", None)),
+        *(("ours", 1), ("npo", 1)),
+    ]
+    jobs = {(cell.method, cell.seed): cell.job for cell in cells}
+    assert jobs["npo", 1]["train"] == {
+        "steps": 3,
+        "method": "npo",
+        "model": {"path": "somewhere"},
+        "optim": {"lr": 3e-4},
+        "seed": 1,
+    }
+    assert jobs["told", None]["train"] is None
+    assert jobs["told", None]["context"] == RECIPE["methods"]["told"]["context"]
+
+
+def test_rates_by_hand(done):
+    config, cells = done
+    rows = {row.name: row for row in rows_of(config, cells)}
+    rates = {name: {k: e and e.value for k, e in r.estimates.items()} for name, r in rows.items()}
+    assert rates["ours"]["neighbor_accuracy"] == pytest.approx((18 + 16) / 2 / NEIGHBORS)
+    assert rates["ours"]["attack_leak_rate.max"] == pytest.approx(0.1)
+    # prefilling is at its worst at depth 0 with one seed, at depth 2 with the other
+    assert rates["npo"]["prefill_leak_rate.max"] == pytest.approx((0.1 + 0.2) / 2)
+    assert rates["npo"]["forget_leak_rate"] == pytest.approx(0.05)
+    assert rates["told"]["over_refusal_rate"] == pytest.approx(16 / 20)
+    axes = rows["ours"].axes(rows["base"])
+    assert axes == pytest.approx(
+        {
+            "forgetting": 1.0,
+            "robustness": 0.9,
+            "neighbours": 0.85,
+            "utility": 1.0,
+            "no over-refusal": 0.85,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("ours", "limits", "good", "words"),
+    [
+        ("ours", Limits(), True, "ours keeps 0.850 .*; no other method reaches"),
+        (
+            "ours",
+            Limits(prefill_leak_rate=0.2),
+            True,
+            r"the most of 2 methods .* next is npo \(by 0\.100, paired",
+        ),
+        (
+            "npo",
+            Limits(prefill_leak_rate=0.2),
+            False,
+            r"npo keeps 0\.750 .* ours keeps more \(0\.850; by 0\.100, paired 95 % interval -0",
+        ),
+        ("npo", Limits(), False, "npo does not reach .*; best of those that do: ours"),
+        ("told", Limits(forget_leak_rate=0, prefill_leak_rate=0), False, "told does not reach"),
+    ],
+)
+def test_the_verdict(done, ours, limits, good, words):
+    config, cells = done
+    judged = verdict(rows_of(config, cells), ours, limits)
+    assert judged.good == good
+    assert re.search(words, judged.sentence)
+
+
+def test_a_tie_is_said_to_be_one(done):
+    config, cells = done
+    for cell in cells:
+        if cell.method == "npo":
+            finish(cell, kept=17)
+    judged = verdict(rows_of(config, cells), "ours", Limits())
+    assert judged.good
+    assert "as many as npo" in judged.sentence
+
+
+def test_a_failed_or_missing_cell_is_named(done):
+    config, cells = done
+    gone = cells[-1]
+    shutil.rmtree(gone.folder)
+    text = page.write(config, rows_of(config, cells), missing=[gone.name])
+    assert "**Not complete**: npo, seed 1." in text
+    numbers = json.loads((config.output / "compare.json").read_text())
+    assert numbers["methods"]["npo"]["seeds"] == [0]
+
+
+def test_cells_are_run_once_and_the_rest_later(tmp_path, monkeypatch):
+    """The first worker of npo fails, and the same command makes that cell alone."""
+    config, cells = make(tmp_path)
+    by_folder = {str(cell.folder): cell for cell in cells}
+    asked, failing = [], {str(tmp_path / "out" / "cells" / "npo" / "0")}
+
+    def worker(command, **_):
+        cell = by_folder[command[-1]]
+        asked.append(cell.name)
+        if command[-1] not in failing:
+            finish(cell)
+        return subprocess.CompletedProcess(command, int(command[-1] in failing))
+
+    monkeypatch.setattr(run_module.subprocess, "run", worker)
+    monkeypatch.setattr(run_module, "_check_recipes", lambda _: None)
+    assert run(config) == 1
+    assert len(asked) == len(cells)
+    failing.clear()
+    asked.clear()
+    assert run(config) == 0
+    assert asked == ["npo, seed 0"]
+
+
+def test_ctrl_c_stops_the_rest(tmp_path, monkeypatch):
+    config, _ = make(tmp_path)
+    asked = []
+
+    def worker(command, **_):
+        asked.append(command[-1])
+        return subprocess.CompletedProcess(command, 130)
+
+    monkeypatch.setattr(run_module.subprocess, "run", worker)
+    monkeypatch.setattr(run_module, "_check_recipes", lambda _: None)
+    with pytest.raises(SystemExit) as stopped:
+        run(config)
+    assert stopped.value.code == 130
+    assert len(asked) == 1
+
+
+def test_another_recipe_is_not_mixed_in(tmp_path):
+    _, cells = make(tmp_path)
+    for cell in cells:
+        cell.begin()
+    before = (cells[1].folder / CELL).read_bytes()
+    _, changed = make(tmp_path, train={"steps": 4})
+    changed[0].begin()
+    with pytest.raises(UserError, match="got a cell with another train, expected"):
+        changed[1].begin()
+    assert (cells[1].folder / CELL).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"demo": True}, "model: got it with demo: true"),
+        ({"model": None}, "model: got nothing, expected a path"),
+        ({"ours": "mine"}, "ours: got 'mine', expected the name of one of methods: ours, npo"),
+        ({"seeds": [1, 1]}, "seeds: got [1, 1], expected each once"),
+        ({"methods": {"base": {"method": "npo"}, "ours": {"method": "ours"}}}, "methods.base: got"),
+        ({"methods": {"ours": {}}}, "methods.ours: got neither method nor context"),
+        ({"methods": {"ours": {"settings": {"steps": 3}}}}, "methods.ours.settings: got some"),
+        ({"methods": {"a/b": {"method": "npo"}}}, "methods"),
+        ({"sedes": [1]}, "sedes"),
+    ],
+)
+def test_rejects(tmp_path, changes, message, capsys):
+    path = tmp_path / "compare.yaml"
+    raw = RECIPE | {"probes": "p", "output": str(tmp_path / "out")} | changes
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_compare(path)
+    assert cli.main(["compare", str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+class Page(HTMLParser):
+    """What stands in a page."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.words = [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture
+def html(done):
+    config, cells = done
+    page.write(config, rows_of(config, cells))
+    return (config.output / "compare.html").read_text(encoding="utf-8")
+
+
+def test_the_page_has_all_methods_and_needs_nothing_else(html):
+    parsed = Page(html)
+    text = " ".join(" ".join(parsed.words).split())
+    for words in ("a note & more", "<b>Onhava</b>", "ours keeps 0.850", "[0.72, 1.00]"):
+        assert words in text or words in html
+    assert "<b>" not in html, "what models say is text"
+    for tag, attrs in parsed.tags:
+        assert tag not in ("link", "img", "iframe")
+        assert "src" not in attrs
+        assert attrs.get("href", "#").startswith("#")
+    labels = [a["aria-label"] for t, a in parsed.tags if t == "svg"]
+    assert len(labels) == 1 + 4, "a plot of all, a radar for each"
+    assert labels[0].endswith("within the limits: ours")
+    assert any(label.startswith("npo: forgetting 0.95, robustness 0.85") for label in labels)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_draws_it_without_scrolling_sideways(html, width, tmp_path):
+    """Reads the width back through a page around it: headless chromium prints the DOM."""
+    measure = (
+        "onload = () => { const page = frames[0].document;"
+        " document.title = [page.documentElement.scrollWidth,"
+        " page.getElementById('count').textContent].join('|'); }"
+    )
+    (tmp_path / "inner.html").write_text(html, encoding="utf-8")
+    framed = tmp_path / "framed.html"
+    framed.write_text(
+        f'<body><iframe src="inner.html" style="border:0;width:{width}px;height:900px"></iframe>'
+        f"<script>{measure}</script>"
+    )
+    command = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'chromium'}",
+        "--window-size=1400,1000", "--dump-dom", framed.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    (measured,) = re.findall(r"<title>(.*?)</title>", done.stdout)
+    scroll_width, count = measured.split("|")
+    assert int(scroll_width) <= width
+    assert re.fullmatch(r"(\d+) of \1", count), "the page's own script ran under its policy"
