@@ -6,6 +6,7 @@
         cell.yaml        what is to be done: written first, and never changed
         recipe.yaml      how it trains, if it does
         run.json ...     of the training (see bidistill/train.py)
+        gradients/       the angles between the roles' gradients, if they are asked for
         items.jsonl      replies to the probes, and under prefilling
         attacks.jsonl    replies under the other attacks
         metrics.json     rates and cost: written last, so a cell with it is done
@@ -89,7 +90,8 @@ def cells_of(config: CompareConfig, model: str, records: str | None, probes: Pat
 
     def cell(method: str, seed: int | None, **job: Any) -> Cell:  # noqa: ANN401
         folder = config.output / "cells" / method / ("0" if seed is None else str(seed))
-        return Cell(method, seed, folder, {**shared, "train": None, "context": [], **job})
+        given = {**shared, "train": None, "context": [], "gradients": None, **job}
+        return Cell(method, seed, folder, given)
 
     def rows() -> Iterator[Cell]:
         yield cell(BASE, None)
@@ -99,7 +101,8 @@ def cells_of(config: CompareConfig, model: str, records: str | None, probes: Pat
                 if method.method is not None:
                     train = _recipe(config, name, model, records)
                     train |= {"seed": seed}
-                    yield cell(name, seed, train=train, context=context)
+                    every = config.gradients if seed == config.seeds[0] else None
+                    yield cell(name, seed, train=train, context=context, gradients=every)
                 elif seed == config.seeds[0]:
                     yield cell(name, None, context=context)
 

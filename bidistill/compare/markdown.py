@@ -1,11 +1,12 @@
 """The table of a comparison as Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bidistill.compare.estimate import Estimate
 from bidistill.compare.measures import AXES, MEASURES, Measure
 from bidistill.compare.recipe import CompareConfig
 from bidistill.compare.results import Row, Verdict
+from bidistill.evaluation.pages import NBSP
 
 NOTHING = "\N{EN DASH}"
 """Where there is no number."""
@@ -49,6 +50,12 @@ def table(
         "Means over seeds. Peak: resident set of the whole process.",
         _costs(rows),
     ]
+    if angles := _gradients(rows):
+        parts += [
+            "## Gradients of the roles",
+            "Mean cosines over training, first seed, and the share of all cosines below zero.",
+            angles,
+        ]
     notes = [f"- **{row.name}**: {row.note}" for row in rows if row.note]
     if notes:
         parts += ["## Notes", "\n".join(notes)]
@@ -70,7 +77,8 @@ def text_of(found: Estimate | None) -> str:
 def heading(measure: Measure, rows: Sequence[Row]) -> str:
     """A measure's title with the direction that is good and the items counted."""
     counts = [found.count for row in rows if (found := row.estimates[measure.key]) is not None]
-    return f"{measure.title} {ARROWS[measure.good]} (n = {max(counts)})"
+    note = f"{ARROWS[measure.good]} (n = {max(counts)})".replace(" ", NBSP)
+    return f"{measure.title} {note}"
 
 
 def _rates(rows: Sequence[Row], shown: Sequence[Measure]) -> str:
@@ -113,6 +121,22 @@ def _costs(rows: Sequence[Row]) -> str:
     head, body = costs(rows)
     named = [[row.name, *numbers] for row, numbers in zip(rows, body, strict=True)]
     return _lines(["method", *head], named)
+
+
+def _gradients(rows: Sequence[Row]) -> str:
+    """Mean cosine of each pair of roles; empty if nobody measured any."""
+    found = {row.name: angles for row in rows if (angles := row.cells[0].metrics["gradients"])}
+    pairs = list(dict.fromkeys(pair for angles in found.values() for pair in angles["pairs"]))
+
+    def number(entry: Mapping[str, float | None] | None, key: str) -> str:
+        value = entry and entry[key]
+        return NOTHING if value is None else f"{value:+.2f}"
+
+    body = []
+    for name, angles in found.items():
+        means = [number(angles["pairs"].get(pair), "mean") for pair in pairs]
+        body.append([name, *means, number(angles["overall"], "share").lstrip("+")])
+    return _lines(["method", *pairs, "below zero"], body) if body else ""
 
 
 def _lines(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -78,6 +78,9 @@ class CompareConfig:
     """Of training; the data and the questions stay the same."""
     attacks: tuple[str, ...] = ()
     """Names of attacks beside prefilling; see ``docs/attacks.md``."""
+    gradients: AtLeastOne | None = None
+    """Steps between measurements of the angles between the roles' gradients, for the first seed,
+    whose cells train a second time for it; ``null``: none."""
     limits: Limits = field(default_factory=Limits)
     jobs: AtLeastOne = 1
     """Cells that run at a time; the cost card is honest with 1 alone."""

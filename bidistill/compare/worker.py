@@ -59,6 +59,7 @@ def work(folder: Path) -> None:
         {
             "summary": summary,
             "attacks": found,
+            "gradients": _gradients(folder, job),
             "cost": _cost(folder),
             "seconds": {
                 "whole": round(end - start, 1),
@@ -85,6 +86,18 @@ def _trained(folder: Path, job: dict[str, Any]) -> PreTrainedModel:
 
     model = PeftModel.from_pretrained(load_base(job["model"]), result)  # type: ignore
     return model.merge_and_unload()  # type: ignore
+
+
+def _gradients(folder: Path, job: dict[str, Any]) -> dict[str, Any] | None:
+    """How often the roles' gradients oppose each other, and their mean cosines by pair."""
+    if job["gradients"] is None:
+        return None
+    from bidistill.diagnose import gradients
+
+    found = gradients.run(
+        load_config(folder / RECIPE), folder / "gradients", every=job["gradients"]
+    )
+    return {key: found[key] for key in ("overall", "pairs")}
 
 
 def _cost(folder: Path) -> dict[str, Any] | None:

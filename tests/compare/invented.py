@@ -73,6 +73,7 @@ def finish(
     metrics = {
         "summary": {},
         "attacks": {},
+        "gradients": None,
         "cost": None if cell.seed is None else trained,
         "seconds": {"whole": 90.0, "ask": 10.0, "attack": 5.0},
         "peak_bytes": 2**30,

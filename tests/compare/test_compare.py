@@ -126,6 +126,18 @@ def test_a_failed_or_missing_cell_is_named(done):
     assert numbers["methods"]["npo"]["seeds"] == [0]
 
 
+def test_angles_stand_beside_the_rates(done):
+    config, cells = done
+    path = cells[1].folder / "metrics.json"
+    metrics = json.loads(path.read_text())
+    pairs = {"forget/retain": {"mean": -0.125}, "forget/neighbor": {"mean": None}}
+    metrics["gradients"] = {"overall": {"share": 0.25}, "pairs": pairs}
+    path.write_text(json.dumps(metrics))
+    text = page.write(config, rows_of(config, cells))
+    assert "| method | forget/retain | forget/neighbor | below zero |" in text
+    assert "| ours | -0.12 | \N{EN DASH} | 0.25 |" in text
+
+
 def test_cells_are_run_once_and_the_rest_later(tmp_path, monkeypatch):
     """The first worker of npo fails, and the same command makes that cell alone."""
     config, cells = make(tmp_path)
