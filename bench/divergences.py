@@ -50,7 +50,7 @@ class Exchanged(Objectives):
 
     def for_step(self, examples: Sequence[Example], student: Packed) -> StepLoss:
         step = super().for_step(examples, student)
-        return ExchangedLoss(self, step.target, step.role, step.counted)
+        return ExchangedLoss(self, step.target, step.role, step.counted, step.sequence)
 
 
 class ExchangedLoss(StepLoss):

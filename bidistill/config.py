@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
+from bidistill.baselines.methods import completed
 from bidistill.data.records import Role
 from bidistill.errors import UserError
+from bidistill.loss_names import checked
 from bidistill.settings import (
     STRICT,
     AtLeastOne,
@@ -22,8 +24,9 @@ from bidistill.settings import (
     Message,
     NonNegative,
     Positive,
-    load,
+    check,
     plain,
+    read,
 )
 
 Combine = Literal["sum", "pcgrad", "mgda", "ngdiff"]
@@ -93,8 +96,8 @@ class DataConfig:
 
     __pydantic_config__ = STRICT
 
-    train: Path
-    """JSON lines file of records."""
+    train: Path | Annotated[tuple[Path, ...], Field(min_length=1)]
+    """JSON lines file of records, or several files, whose ids differ."""
     per_step: Annotated[dict[Role, Count], Field(min_length=1)]
     """Records of each role in every step."""
     max_answer_tokens: AtLeastOne | None = None
@@ -105,6 +108,11 @@ class DataConfig:
     """Processes that tokenise; ``null``: one a processor, but none for a small file."""
     cache: Path | None = None
     """Folder for token stores; ``null``: ``tokens`` in bidistill's folder in the user's cache."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of records."""
+        return self.train if isinstance(self.train, tuple) else (self.train,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,13 +158,16 @@ class ObjectiveConfig:
 
     __pydantic_config__ = STRICT
 
-    loss: Literal["bidirectional_kl", "push_pull", "jsd", "topk_kl", "cross_entropy"]
+    loss: Annotated[str, AfterValidator(checked)]
+    """Name of a loss: see ``bidistill/losses.py``."""
     options: dict[str, float | int | str] = field(default_factory=dict)
     """Arguments of the loss function, such as ``forward: 0.5``."""
     weight: NonNegative = 1.0
     """Factor on every token of the role."""
     positions: Literal["answer", "first"] = "answer"
     """All tokens of the answer, or the first alone."""
+    instructed: bool = True
+    """Whether the teacher reads this role's context; false: none, whatever ``teacher`` says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,6 +232,8 @@ class TrainConfig:
 
     __pydantic_config__ = STRICT
 
+    method: str | None = None
+    """Name of an unlearning method that `load_config` has laid under the recipe; ``null``: none."""
     model: ModelConfig
     data: DataConfig
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -250,15 +263,18 @@ class TrainConfig:
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a recipe, apply ``a.b=value`` overrides in order and check the result.
 
+    A recipe that names a method gets from it what it does not say itself.
+
     Args:
         path: YAML file with the keys of :class:`TrainConfig`.
         overrides: each a dotted key, ``=`` and a YAML value, such as ``optim.lr=1e-4``.
 
     Raises:
         UserError: the file cannot be read, a key is unknown or missing, a value is not of the
-            kind expected, or a role is sampled without having an objective.
+            kind expected, a role is sampled without having an objective, or what makes the method
+            is changed.
     """
-    config = load(TrainConfig, path, overrides)
+    config = check(TrainConfig, completed(read(path, overrides)))
     require_objectives(config)
     return config
 

@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bidistill.config import ParallelConfig
 from bidistill.errors import UserError
-from bidistill.models import ROOT_METHODS, unwrapped
+from bidistill.models import ROOT_METHODS, blocks
 from bidistill.progress import say
 from bidistill.world import World, device
 
@@ -84,23 +84,6 @@ def shard(model: nn.Module, config: ParallelConfig, world: World, dtype: torch.d
     fully_shard(model, **settings)
     for name in ROOT_METHODS:
         register_fsdp_forward_method(model, name)
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a model.
-
-    Raises:
-        UserError: the model does not say what its blocks are.
-    """
-    base = unwrapped(model)
-    names = set(base._no_split_modules or ())
-    found = [module for module in base.modules() if type(module).__name__ in names]
-    if not found:
-        raise UserError(
-            f"parallel: got a {base.config.model_type} model, which does not name its blocks, "
-            "expected one that does; train it on one process"
-        )
-    return found
 
 
 def recompute_blocks(model: nn.Module) -> None:

@@ -64,6 +64,23 @@ def backbone(model: nn.Module) -> nn.Module:
     return unwrapped(model).base_model
 
 
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a model, in order.
+
+    Raises:
+        UserError: the model does not say what its blocks are.
+    """
+    base = unwrapped(model)
+    names = set(base._no_split_modules or ())
+    found = [module for module in base.modules() if type(module).__name__ in names]
+    if not found:
+        raise UserError(
+            f"parallel: got a {base.config.model_type} model, which does not name its blocks, "
+            "expected one that does; train it on one process"
+        )
+    return found
+
+
 def add_adapter(model: PreTrainedModel, settings: LoraSettings) -> PeftModel:
     """Freeze ``model`` and add LoRA layers to it; only they train.
 
@@ -150,10 +167,17 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             module._disable_adapters = flag
 
 
-def hidden_rows(model: nn.Module, packed: Packed) -> Float[Tensor, "N H"]:
-    """Last hidden states that predict the answer tokens of ``packed``, in the order of its rows."""
-    device = compute_device(model)
-    with use_packed_attention(unwrapped(model)):
+def hidden_rows(model: nn.Module, packed: Packed, layer: int | None = None) -> Float[Tensor, "N H"]:
+    """Hidden states that predict the answer tokens of ``packed``, in the order of its rows.
+
+    Args:
+        model: whole, or within one of its root methods.
+        packed: what it reads.
+        layer: number of the block that they are to leave, from 0; None: the last hidden states.
+    """
+    device, taken = compute_device(model), list[Tensor]()
+    taking = nullcontext() if layer is None else _output_of(blocks(model)[layer], taken)
+    with use_packed_attention(unwrapped(model)), taking:
         # without use_cache=False a cache is built even in training
         output = backbone(model)(
             input_ids=packed.input_ids.to(device),
@@ -161,7 +185,22 @@ def hidden_rows(model: nn.Module, packed: Packed) -> Float[Tensor, "N H"]:
             use_cache=False,
             segments=packed.segments,
         )
-    return output.last_hidden_state[0].index_select(0, packed.rows.to(device))
+    hidden = output.last_hidden_state if layer is None else taken[0]
+    return hidden[0].index_select(0, packed.rows.to(device))
+
+
+@contextmanager
+def _output_of(block: nn.Module, taken: list[Tensor]) -> Iterator[None]:
+    """Take what a block gives inside, after the hooks of FSDP, which are there already."""
+
+    def take(block: nn.Module, given: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        taken.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = block.register_forward_hook(take)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def attach_distill_step(model: nn.Module) -> None:
@@ -171,6 +210,7 @@ def attach_distill_step(model: nn.Module) -> None:
     returns what ``loss(hidden, head_weight, head_bias, teacher_rows)`` returns. ``teacher`` is
     the teacher's pack, whose rows are then computed with the adapters off; or
     :class:`TeacherRows` or :class:`TeacherTopK` at hand; or None for a loss that needs no teacher.
+    A loss with a ``layer`` that is not None gets the rows that leave this block, and no head.
 
     ``model.teacher_rows(packed)`` returns the rows of the model as it is with its adapters off, or
     what a function makes of them and the head; ``model.own_rows(packed)`` those with its adapters
@@ -190,27 +230,36 @@ def _distill_step(
     teacher: Packed | TeacherRows | TeacherTopK | None,
 ) -> object:
     """Teacher, student and loss in one method of the root module."""
+    layer = getattr(loss, "layer", None)
     if isinstance(teacher, Packed):
-        teacher = TeacherRows(base_rows(self, teacher))
-    hidden = hidden_rows(self, student)
+        teacher = TeacherRows(base_rows(self, teacher, layer=layer))
+    hidden = hidden_rows(self, student, layer)
+    if layer is not None:
+        return loss(hidden, None, None, teacher)
     head = self.get_output_embeddings()  # type: ignore
     return head(hidden, fused=loss, teacher=teacher)
 
 
 @torch.no_grad()
-def base_rows(model: nn.Module, packed: Packed, read: Callable[..., Any] | None = None) -> Any:  # noqa: ANN401
+def base_rows(
+    model: nn.Module,
+    packed: Packed,
+    read: Callable[..., Any] | None = None,
+    layer: int | None = None,
+) -> Any:  # noqa: ANN401
     """Hidden rows of the base model, which knows no adapters and no dropout.
 
     Args:
         model: with its root methods attached, if there is something to ``read``.
         packed: what it reads.
         read: called in the head, with the rows and its weight and bias.
+        layer: as in :func:`hidden_rows`.
 
     Returns:
         The rows, shape (N, H); or what ``read`` makes of them.
     """
     with adapters_off(model), without_dropout(model):
-        hidden = hidden_rows(model, packed)
+        hidden = hidden_rows(model, packed, layer)
         if read is None:
             return hidden
         head: Any = model.get_output_embeddings()  # type: ignore

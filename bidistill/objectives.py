@@ -7,8 +7,7 @@ roles are kept apart, to combine their gradients, each has a call of its own.
 Legend: N answer rows, H hidden width, V vocabulary, R roles.
 """
 
-import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -17,34 +16,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bidistill.baselines.answers import Answers
+from bidistill.baselines.layer import layer_of
 from bidistill.config import ObjectiveConfig
 from bidistill.data.packing import Packed
 from bidistill.data.records import ROLES, Role, nearest
 from bidistill.data.views import Example
 from bidistill.errors import UserError
+from bidistill.loss_calls import Rows, Side, run
+from bidistill.losses import find
 from bidistill.teacher.rows import TeacherRows, TeacherTopK
-from bidistill.topk import topk_kl
-from bidistill_kernels import (
-    LogitTransform,
-    linear_bidirectional_kl,
-    linear_cross_entropy,
-    linear_jsd,
-    linear_push_pull,
-    linear_topk_kl,
-)
-
-LOSSES: dict[str, Callable[..., Any]] = {
-    "bidirectional_kl": linear_bidirectional_kl,
-    "push_pull": linear_push_pull,
-    "jsd": linear_jsd,
-    "topk_kl": topk_kl,
-    "cross_entropy": linear_cross_entropy,
-}
+from bidistill_kernels import LogitTransform, TopK
 
 
 def needs_teacher(configs: Mapping[Role, ObjectiveConfig]) -> bool:
     """Whether any loss compares with a teacher."""
-    return any(config.loss != "cross_entropy" for config in configs.values())
+    return any(find(config.loss).teacher for config in configs.values())
 
 
 class StepResult(NamedTuple):
@@ -79,7 +66,7 @@ class Objectives:
         chunk_bytes: of logits that a call holds at a time; None leaves it to the kernels.
 
     Raises:
-        UserError: an option that the loss does not have.
+        UserError: an option that the loss does not have, or losses that do not read one place.
     """
 
     def __init__(
@@ -96,6 +83,8 @@ class Objectives:
         self.teacher_transform = teacher_transform or self.transform
         self.apart, self.chunk_bytes = frozenset(apart), chunk_bytes
         self.terms = _group(configs, self.apart)
+        self.layer = layer_of(configs)
+        """Number of the block whose rows the losses read; None: they read the LM head."""
 
     def for_step(self, examples: Sequence[Example], student: Packed) -> "StepLoss":
         """Bind the rows of one step: which count, for which role, with what weight.
@@ -109,7 +98,8 @@ class Objectives:
         assert not self.apart or roles <= self.apart, f"{roles - self.apart} are not apart"
         role_of_example = torch.tensor([ROLES.index(example.role) for example in examples])
         role_N = role_of_example[student.sequence]
-        return StepLoss(self, student.target, role_N, self._counted(role_N, student.sequence))
+        counted_N = self._counted(role_N, student.sequence)
+        return StepLoss(self, student.target, role_N, counted_N, student.sequence)
 
     def _counted(self, role_N: Tensor, sequence_N: Tensor) -> Tensor:
         """True for rows that enter the loss: all of an answer, or its first one."""
@@ -120,16 +110,23 @@ class Objectives:
 
 
 class StepLoss:
-    """The loss of one step, called in the forward of the LM head.
+    """The loss of one step, called in the forward of the LM head, or where it reads a layer.
 
     A plain object, so that its tensors pass the hooks of FSDP2 untouched.
     """
 
     def __init__(
-        self, objectives: Objectives, target_N: Tensor, role_N: Tensor, counted_N: Tensor
+        self,
+        objectives: Objectives,
+        target_N: Tensor,
+        role_N: Tensor,
+        counted_N: Tensor,
+        sequence_N: Tensor,
     ) -> None:
-        """Take the target, the role and whether it counts of every row."""
+        """Take the target, the role, whether it counts and the sequence of every row."""
         self.objectives = objectives
+        self.layer = objectives.layer
+        self.sequence = sequence_N
         self.target = target_N
         self.role = role_N
         self.counted = counted_N
@@ -140,11 +137,11 @@ class StepLoss:
     def __call__(
         self,
         hidden: Float[Tensor, "N H"],
-        weight: Float[Tensor, "V H"],
+        weight: Float[Tensor, "V H"] | None,
         bias: Float[Tensor, " V"] | None,
         teacher: TeacherRows | TeacherTopK | None,
     ) -> StepResult:
-        """Run every term's fused loss on its rows."""
+        """Run every term's loss on its rows; those of a layer come without a head."""
         role_sums = torch.zeros(len(ROLES), device=hidden.device, dtype=torch.float64)
         totals, role_losses = [], {}
         for term in self.objectives.terms:
@@ -169,40 +166,31 @@ class StepLoss:
         term: Term,
         rows: Tensor,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
         teacher: TeacherRows | TeacherTopK | None,
     ) -> tuple[Tensor, Tensor]:
-        """One fused call: weighted sum over rows, and the unweighted loss of each row."""
-        index = rows.to(hidden.device)
+        """One call: weighted sum over rows, and the unweighted loss of each row."""
+        loss, index, options = find(term.loss), rows.to(hidden.device), dict(term.options)
         configs, transform = self.objectives.configs, self.objectives.transform
         weight_R = torch.tensor([configs[r].weight if r in term.roles else 0.0 for r in ROLES])
-        loss: Callable[..., Any] = LOSSES[term.loss]
-        given: list[Any] = [hidden.index_select(0, index), weight]
-        keywords: dict[str, Any] = {"student_bias": bias, "student_transform": transform}
-        keywords |= term.options
-        if term.loss == "cross_entropy":
-            pass
-        elif isinstance(teacher, TeacherTopK):
+        student = Side(hidden.index_select(0, index), weight, bias, transform)
+        other: Side | TopK | None = None
+        if loss.teacher and isinstance(teacher, TeacherTopK):
             assert term.loss == "topk_kl", f"{term.loss} needs the teacher's hidden rows"
-            loss = linear_topk_kl
-            given.append(teacher.at(index, keywords.pop("k", None)))
-        else:
-            assert teacher is not None, f"{term.loss} needs the teacher's rows"
+            other = teacher.at(index, options.pop("k", None))
+        elif loss.teacher:
+            assert isinstance(teacher, TeacherRows), f"{term.loss} needs the teacher's rows"
             head = (weight, bias) if teacher.weight is None else (teacher.weight, teacher.bias)
-            given += [teacher.hidden.to(hidden.device).index_select(0, index), head[0].detach()]
-            keywords["teacher_bias"] = None if head[1] is None else head[1].detach()
-            keywords["teacher_transform"] = self.objectives.teacher_transform
-        total, stats = loss(
-            *given,
+            constant = [None if tensor is None else tensor.detach() for tensor in head]
+            theirs = teacher.hidden.to(hidden.device).index_select(0, index)
+            other = Side(theirs, constant[0], constant[1], self.objectives.teacher_transform)
+        known = Rows(
             self.target[rows].to(hidden.device),
-            token_weight=weight_R[self.role[rows]].to(hidden.device),
-            reduction="sum",
-            return_stats=True,
-            chunk_bytes=self.objectives.chunk_bytes,
-            **keywords,
+            weight_R[self.role[rows]].to(hidden.device),
+            self.sequence[rows],
         )
-        return total, stats.per_token.detach().double()
+        return run(loss, options, student, other, known, self.objectives.chunk_bytes)
 
 
 def _nothing(*tensors: Tensor | None) -> Tensor:
@@ -246,9 +234,8 @@ def check_options(role: Role, config: ObjectiveConfig) -> None:
     Raises:
         UserError: naming the option.
     """
-    parameters = inspect.signature(LOSSES[config.loss]).parameters.values()
-    # what all losses have in common comes in **options, and is the trainer's business
-    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    loss = find(config.loss)
+    known = list(loss.options())
     for name in config.options:
         if name not in known:
             hint = nearest(name, known) if known else "leave options out"
@@ -257,8 +244,13 @@ def check_options(role: Role, config: ObjectiveConfig) -> None:
                 f"{hint}"
             )
     try:  # the loss itself knows which values it takes
-        rows, head = torch.zeros(1, 1), torch.zeros(2, 1)
-        teacher = () if config.loss == "cross_entropy" else (rows, head)
-        LOSSES[config.loss](rows, head, *teacher, torch.zeros(1).long(), **config.options)
+        rows, head, none = torch.zeros(1, 1), torch.zeros(2, 1), torch.zeros(1)
+        target = none.long()
+        if loss.reads == "layer":
+            loss.function(rows, rows, **config.options)
+        elif loss.reads == "likelihood":
+            loss.function(Answers.of(none, none, target), **config.options)
+        else:
+            loss.function(*(rows, head) * (1 + loss.teacher), target, **config.options)
     except (TypeError, ValueError) as error:
         raise UserError(f"objectives.{role}.options: {error}") from None

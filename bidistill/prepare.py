@@ -7,6 +7,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bidistill import contrastive, guards
+from bidistill.baselines import layer
 from bidistill.config import TrainConfig, require_objectives
 from bidistill.data.loader import RoleLoader
 from bidistill.data.records import ROLES, Role
@@ -100,3 +101,4 @@ def check(config: TrainConfig) -> None:
     require_objectives(config)
     teacher_model.check(config)
     Objectives(config.objectives)  # their options, before rows are computed for long
+    layer.check(config)

@@ -57,10 +57,15 @@ def load(kind: type[Settings], path: Path | str, overrides: Sequence[str] = ()) 
         UserError: the file cannot be read, a key is unknown or missing, or a value is not of the
             kind expected.
     """
+    return check(kind, read(path, overrides))
+
+
+def read(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The same in plain values, not checked yet."""
     raw = _read_yaml(Path(path))
     for override in overrides:
         _apply(raw, override)
-    return check(kind, raw)
+    return raw
 
 
 def check(kind: type[Settings], raw: object) -> Settings:

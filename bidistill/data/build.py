@@ -58,7 +58,7 @@ class Job(NamedTuple):
 
 
 def build_store(
-    path: Path | str,
+    path: Path | str | Sequence[Path],
     tokenizer: PreTrainedTokenizerBase,
     contexts: Mapping[Role, Sequence[Message]],
     *,
@@ -66,10 +66,10 @@ def build_store(
     folder: Path | None = None,
     workers: int | None = None,
 ) -> TokenStore:
-    """Return the token store of a file of records; make it if it is not there or damaged.
+    """Return the token store of files of records; make it if it is not there or damaged.
 
     A store is found by its key: a hash of the tokenizer, the contexts, the cut and the bytes of
-    the file. What is found is checked by sizes; set the environment variable
+    the files. What is found is checked by sizes; set the environment variable
     ``BIDISTILL_VERIFY=1`` to compare checksums.
 
     A chat template may say what day it is, as Llama 3's does; then the day is in the key too, and
@@ -77,7 +77,7 @@ def build_store(
     date into the template to keep one.
 
     Args:
-        path: JSON lines of records, each with an answer.
+        path: JSON lines of records, each with an answer; one file, or several in order.
         tokenizer: see `bidistill.data.views.build_examples`, also for the next two.
         contexts: messages before the question, for the teacher.
         max_answer_tokens: longer answers are cut. None: none is.
@@ -87,31 +87,32 @@ def build_store(
             one alone if the file is small.
 
     Raises:
-        UserError: the file, a record, the tokenizer or a context cannot be used, or the folder
+        UserError: a file, a record, the tokenizer or a context cannot be used, or the folder
             cannot be written. Nothing is left behind.
     """
-    path = Path(path)
+    paths = [Path(path)] if isinstance(path, Path | str) else list(path)
     job = Job(tokenizer, contexts, max_answer_tokens)
     job.encode([])  # refuses tokenizer and contexts before any record is read
-    next(read_objects(path), None)  # refuses what is no file of JSON lines
-    content, lines = _content(path)
+    for file in paths:
+        next(read_objects(file), None)  # refuses what is no file of JSON lines
+    content, lines = _contents(paths)
     target = (folder or user_cache() / "tokens") / _key(job, content)
     if is_whole(target, thorough=os.environ.get("BIDISTILL_VERIFY") == "1"):
         return TokenStore(target)
     if workers is None:
         workers = 1 if lines <= FEW else len(os.sched_getaffinity(0))
     if lines > FEW:
-        say(f"tokenising {path} once, into {target}")
+        say(f"tokenising {', '.join(map(str, paths))} once, into {target}")
     try:
         _remove(target)
         with atomic_path(target) as temporary:
-            chunks = _encoded(_answered(path), job, workers)
+            chunks = _encoded(_answered(paths), job, workers)
             if lines > FEW:
                 chunks = track(chunks, -(-lines // CHUNK), "tokens")
             write_store(temporary, chunks, context_names(contexts))
-            if _content(path)[0] != content:
+            if changed := _changed(paths, content):
                 raise UserError(
-                    f"{path}: got other bytes than a moment ago, expected a file that nobody "
+                    f"{changed}: got other bytes than a moment ago, expected a file that nobody "
                     "writes; wait until it is finished"
                 )
     except OSError as error:
@@ -142,7 +143,19 @@ def _content(path: Path) -> tuple[str, int]:
     return digest.hexdigest(), lines
 
 
-def _key(job: Job, content: str) -> str:
+def _contents(paths: Sequence[Path]) -> tuple[list[str], int]:
+    """Checksums of files, and their lines together."""
+    found = [_content(path) for path in paths]
+    return [checksum for checksum, _ in found], sum(lines for _, lines in found)
+
+
+def _changed(paths: Sequence[Path], content: Sequence[str]) -> Path | None:
+    """The first file whose checksum is another one."""
+    pairs = zip(paths, content, strict=True)
+    return next((path for path, before in pairs if _content(path)[0] != before), None)
+
+
+def _key(job: Job, content: Sequence[str]) -> str:
     """Hash of all that the bytes of a store follow from."""
     contexts = {role: [dict(m) for m in context] for role, context in job.contexts.items()}
     made_of: dict[str, Any] = {
@@ -153,7 +166,7 @@ def _key(job: Job, content: str) -> str:
         # what the template adds by itself, such as the date of today
         "probe": render(job.tokenizer, [{"role": "user", "content": "Why?"}], "student"),
         "max_answer_tokens": job.max_answer_tokens,
-        "records": content,
+        "records": content[0] if len(content) == 1 else content,
     }
     return sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -166,14 +179,15 @@ def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         return [sha256(path.name.encode() + path.read_bytes()).hexdigest() for path in paths]
 
 
-def _answered(path: Path) -> Iterator[Record]:
-    """The records of a file; if one lacks its answer, all that do are counted and refused."""
-    records = read_records(path)
+def _answered(paths: Sequence[Path]) -> Iterator[Record]:
+    """The records of files; if one lacks its answer, all that do are counted and refused."""
+    records = read_records(*paths)
     for record in records:
         if record.answer is None or not record.answer.strip():
+            files = ", ".join(map(named, paths))
             lacking = 1 + sum(r.answer is None or not r.answer.strip() for r in records)
             raise UserError(
-                f"{named(path)}: record {record.id!r}: answer: got {record.answer!r} (so have "
+                f"{files}: record {record.id!r}: answer: got {record.answer!r} (so have "
                 f"{lacking} records in all), expected text to distil; fill them in, let `bidistill "
                 "unify` write them with a model, or leave these records out"
             )

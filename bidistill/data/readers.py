@@ -1,7 +1,7 @@
 """Records from and to JSON lines. Strict: what is not understood is refused, with file and line."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,16 @@ _REQUIRED = tuple(field.name for field in fields(Record) if field.default is MIS
 _DEFAULTS = {field.name: field.default for field in fields(Record)}
 
 
-def read_records(path: Path | str) -> Iterator[Record]:
-    """Read records from a file with one JSON object a line; blank lines are skipped.
+def read_records(*paths: Path | str) -> Iterator[Record]:
+    """Read records from files with one JSON object a line; blank lines are skipped.
 
     Line by line, for files of any size: what is kept of a line is 16 to 32 bytes for its id.
 
     Args:
-        path: a UTF-8 file; the keys are the fields of `Record`.
+        *paths: UTF-8 files; the keys are the fields of `Record`.
 
     Yields:
-        The records, in the order of the file, each checked.
+        The records, file by file in the order of the lines, each checked.
 
     Raises:
         UserError: the file cannot be read, a line is not a JSON object, a key is unknown or given
@@ -34,21 +34,27 @@ def read_records(path: Path | str) -> Iterator[Record]:
             used before. The message is ``<file>:<line>: <field>: got ..., expected ...; ...``.
     """
     seen = HashSet()
-    for number, values in read_objects(path):
-        where = f"{named(path)}:{number}"
-        record = _record(values, where)
-        # two ids may share a hash, if hardly ever: then the lines so far are read once more
-        if not seen.add(hash(record.id)) and (first := _first_line(path, record.id)) < number:
-            raise UserError(
-                f"{where}: id: got {record.id!r}, which line {first} has already, "
-                "expected a new one; give each record its own id"
-            )
-        yield record
+    for file, path in enumerate(paths):
+        for number, values in read_objects(path):
+            where = f"{named(path)}:{number}"
+            record = _record(values, where)
+            # two ids may share a hash, if hardly ever: then the lines so far are read once more
+            if not seen.add(hash(record.id)) and (first := _first(paths, record.id)) < (
+                file,
+                number,
+            ):
+                other = "" if first[0] == file else f" of {named(paths[first[0]])}"
+                raise UserError(
+                    f"{where}: id: got {record.id!r}, which line {first[1]}{other} has already, "
+                    "expected a new one; give each record its own id"
+                )
+            yield record
 
 
-def _first_line(path: Path | str, id: str) -> int:
-    """Number of the first line with this id; there is one."""
-    return next(number for number, values in read_objects(path) if values["id"] == id)
+def _first(paths: Sequence[Path | str], id: str) -> tuple[int, int]:
+    """Number of the file, from 0, and of its line where this id is first; there is one."""
+    lines = ((f, n, values) for f, path in enumerate(paths) for n, values in read_objects(path))
+    return next((file, number) for file, number, values in lines if values["id"] == id)
 
 
 def write_records(path: Path | str, records: Iterable[Record]) -> None:

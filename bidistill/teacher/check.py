@@ -63,11 +63,11 @@ def check_main(config: TrainConfig, probes: Path | None = None) -> dict[str, Any
     Raises:
         UserError: the model or one of the files cannot be used.
     """
-    records = list(read_records(config.data.train))
+    records = list(read_records(*config.data.files))
     known = read_probes(probes) if probes else ()
     tokenizer = load_tokenizer(config.model.path)
     model = load_base(teacher_model.settings(config).path)
-    return check(model, tokenizer, records, contexts_of(config.teacher), known)
+    return check(model, tokenizer, records, contexts_of(config.teacher, config.objectives), known)
 
 
 def check(

@@ -8,15 +8,16 @@ same rows, or the best ids of each. Who the teacher is stands in ``kinds.py``.
 Legend: N answer rows, H hidden width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from bidistill.config import TeacherConfig, TrainConfig
+from bidistill.config import ObjectiveConfig, TeacherConfig, TrainConfig
 from bidistill.data.build import build_store
 from bidistill.data.loader import Batch
 from bidistill.data.records import ROLES, Role
@@ -31,9 +32,22 @@ CHUNK_TOKENS = 8192
 """Tokens in one forward while the cache is filled, at most; shared prefixes make it fewer."""
 
 
-def contexts_of(config: TeacherConfig) -> dict[Role, Sequence[Message]]:
-    """The messages that the teacher reads before the question, for every role."""
-    return {role: config.contexts.get(role, config.default_context) for role in ROLES}
+def contexts_of(
+    config: TeacherConfig, objectives: Mapping[Role, ObjectiveConfig] = MappingProxyType({})
+) -> dict[Role, Sequence[Message]]:
+    """The messages that the teacher reads before the question, for every role.
+
+    Args:
+        config: of the teacher.
+        objectives: some roles' may want it to read none.
+    """
+    told: dict[Role, Sequence[Message]] = {
+        role: config.contexts.get(role, config.default_context) for role in ROLES
+    }
+    for role, own in objectives.items():
+        if not own.instructed:
+            told[role] = ()
+    return told
 
 
 def examples_of(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> TokenStore:
@@ -44,9 +58,9 @@ def examples_of(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Toke
     """
     data = config.data
     return build_store(
-        data.train,
+        data.files,
         tokenizer,
-        contexts_of(config.teacher),
+        contexts_of(config.teacher, config.objectives),
         max_answer_tokens=data.max_answer_tokens,
         folder=data.cache,
         workers=data.workers,

@@ -17,6 +17,7 @@ from bidistill.config import ModelConfig, TrainConfig
 from bidistill.distributed import put_back
 from bidistill.errors import UserError
 from bidistill.loading import load_shared, load_tokenizer, model_folder, settings_of
+from bidistill.losses import find
 from bidistill.models import read_logit_transform, transform_of_config
 from bidistill.objectives import check_options, needs_teacher
 from bidistill.world import World
@@ -55,11 +56,11 @@ def check(config: TrainConfig) -> None:
                 "weights of its own, expected none; leave it out, or set teacher.kind to frozen"
             )
     for role, objective in config.objectives.items() if teacher.cache == "topk" else ():
-        if objective.loss not in ("topk_kl", "cross_entropy"):
+        if find(objective.loss).teacher and objective.loss != "topk_kl":
             raise UserError(
                 f"objectives.{role}.loss: got {objective.loss} with teacher.cache topk, which "
-                "keeps no hidden rows, expected topk_kl or cross_entropy; change the loss, or set "
-                "teacher.cache to disk"
+                "keeps no hidden rows, expected topk_kl or a loss without a teacher; change the "
+                "loss, or set teacher.cache to disk"
             )
         check_options(role, objective)  # k is a number from here on, or None
         if (k := objective.options.get("k")) is not None and k > teacher.topk:  # type: ignore

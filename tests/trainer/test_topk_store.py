@@ -526,7 +526,7 @@ REFUSED = {
     "another loss": (
         {}, {"neighbor": KL},
         "objectives.neighbor.loss: got bidirectional_kl with teacher.cache topk, which keeps no "
-        "hidden rows, expected topk_kl or cross_entropy; ",
+        "hidden rows, expected topk_kl or a loss without a teacher; ",
     ),
     "more ids": (
         {}, {"forget": WIDE},

@@ -1,0 +1,1 @@
+"""Published unlearning methods on the same data, steps and budget: see ``docs/baselines.md``."""
