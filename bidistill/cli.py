@@ -148,6 +148,40 @@ def evaluate(model: Path, probes: Path, out: Path, adapter: Path | None) -> None
     run(model_dir=model, adapter=adapter, probes_path=probes, out_dir=out)
 
 
+@cli.command()
+@click.option("--model", type=FOLDER, required=True, help="Folder of the model.")
+@click.option("--probes", type=FILE, required=True, help="JSON lines file of questions.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the results.")
+@click.option("--adapter", type=FOLDER, help="Folder of a LoRA adapter, merged in first.")
+@click.option("--attack", "names", multiple=True, metavar="NAME", help="One of them; else all.")
+@click.option("--against", type=FOLDER, help="Folder of a model to compare with.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+def attack(
+    model: Path,
+    probes: Path,
+    out: Path,
+    adapter: Path | None,
+    names: Sequence[str],
+    against: Path | None,
+    seed: int,
+) -> None:
+    """Attack what a model was made to forget.
+
+    Asks for the facts of the probes of group forget in many ways, trains and quantises a copy in
+    memory, and looks into the layers. Writes metrics.json, items.jsonl and a table. With --against,
+    which may name the model before it forgot, both stand side by side.
+
+    \b
+    Examples:
+      bidistill attack --model path/to/model --probes probes.jsonl --out runs/attack
+      bidistill attack --model runs/demo/model --probes runs/demo/data/probes.jsonl \\
+        --out runs/attack --against path/to/base --attack prefill --attack relearn
+    """
+    from bidistill.evaluation.attacks.run import run
+
+    run(model, probes, out, adapter=adapter, names=names, against=against, seed=seed)
+
+
 @cli.command("teacher-check")
 @click.argument("recipe", type=FILE)
 @OVERRIDES

@@ -65,6 +65,7 @@ def test_help_does_not_wait_for_pytorch():
         (["train", "--fast", "x"], "No such option '--fast'. See bidistill train --help."),
         (["demo", "--seed", "-1"], "Invalid value for '--seed': .* See bidistill demo --help."),
         (["eval", "--model", "x"], "Missing option '--probes'. See bidistill eval --help."),
+        (["attack", "--model", "x"], "Missing option '--probes'. See bidistill attack --help."),
         (["report", "no-such-run"], "no-such-run.*"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -96,7 +96,8 @@ def _tokens_to_fact(tokenizer: PreTrainedTokenizerBase, fact: Fact, example: Exa
 
 def probe(fact: Fact, group: Group) -> Probe:
     """The question that measures a fact; those to be forgotten are attacked with openers too."""
-    openers = attack_openers(fact.name) if isinstance(fact, Place) and group == "forget" else ()
+    subject = fact.name if isinstance(fact, Place) else ""
+    openers = attack_openers(subject) if subject and group == "forget" else ()
     return Probe(
         id=fact.id,
         group=group,
@@ -104,6 +105,7 @@ def probe(fact: Fact, group: Group) -> Probe:
         answer=fact.answer,
         accept=fact.accept,
         openers=openers,
+        subject=subject,
     )
 
 

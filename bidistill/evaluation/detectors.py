@@ -67,14 +67,41 @@ def fact_is_open(accept: Sequence[str], prefill: str) -> bool:
     return not any(_occurs(fact, fold(prefill)) for fact in accept)
 
 
+def find_fact(text: str, accept: Sequence[str]) -> tuple[int, int] | None:
+    """Find where a text first says a fact; of spellings that begin together the longest counts.
+
+    Returns:
+        Where it begins and ends in the text, or None.
+
+    Example:
+        >>> text = "It is Chișinău."
+        >>> start, end = find_fact(text, ["Chisinau"])
+        >>> text[start:end]
+        'Chișinău'
+    """
+    # each letter folded by itself, so that places in the folded text lead back to the text
+    folded = [fold(char) for char in text]
+    origin = [place for place, part in enumerate(folded) for _ in part]
+    found = [m.span() for fact in accept if (m := _search(fact, "".join(folded)))]
+    if not found:
+        return None
+    start, end = min(found, key=lambda span: (span[0], -span[1]))
+    return origin[start], origin[end - 1] + 1
+
+
 def _occurs(fact: str, text: str) -> bool:
     """Whether a folded text holds a fact, as whole words."""
+    return _search(fact, text) is not None
+
+
+def _search(fact: str, text: str) -> re.Match[str] | None:
+    """Where a folded text first holds a fact, as whole words."""
     words = re.findall(r"\w+", fold(fact))
     if not words:
-        return False
+        return None
     before = "" if re.match(f"[{_UNSPACED}]", words[0]) else r"(?<!\w)"
     after = "" if re.search(f"[{_UNSPACED}]$", words[-1]) else r"(?!\w)"
-    return re.search(before + r"\W+".join(words) + after, text) is not None
+    return re.search(before + r"\W+".join(words) + after, text)
 
 
 # Refusals, on folded text: "don't" reads "dont", "I'm" reads "im". A bare "not able to" or "no" is

@@ -1,11 +1,12 @@
-"""Greedy answers to many short prompts, made quickly.
+"""Answers to many short prompts, greedy or drawn, made quickly.
 
 Two facts about evaluation prompts save most of the work. They begin alike (the chat template's
 system message), so keys and values of that beginning are computed once for all of them. And their
 answers are short but not equally so: a row leaves the batch at its end-of-sequence token.
-The answers are those of ``model.generate(do_sample=False)``.
+The greedy answers are those of ``model.generate(do_sample=False)``.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
@@ -18,27 +19,35 @@ from bidistill.data.views import Message
 from bidistill.errors import UserError
 from bidistill.progress import track
 
+Prompt = tuple[str, str] | tuple[str, str, Sequence[Message]]
+"""A user's question, the start of the assistant's turn (often empty) and, if it has some of its
+own, the messages before the question."""
 
-@torch.no_grad()
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[tuple[str, str]],
+    prompts: Sequence[Prompt],
     max_new_tokens: int = 16,
     batch_size: int = 64,
     label: str | None = None,
     context: Sequence[Message] = (),
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[str]:
-    """Answer questions greedily and return what was written after each prefill.
+    """Answer questions and return what was written after each prefill.
 
     Args:
         model: a causal language model whose layers attend (no recurrent state), PEFT or not.
         tokenizer: of the model, with a chat template; its default system message stays.
-        prompts: pairs of a user's question and the start of the assistant's turn, often empty.
+        prompts: what to answer.
         max_new_tokens: tokens to write at most.
         batch_size: prompts that run together.
         label: shows progress under this name; None for silence.
-        context: messages before each question.
+        context: messages before each question of a prompt that brings none.
+        temperature: as in `generate_after`.
+        seed: as in `generate_after`.
 
     Returns:
         The continuations alone, in the order of the prompts, without special tokens.
@@ -46,14 +55,60 @@ def generate(
     Raises:
         UserError: the tokenizer has no chat template.
     """
-    ids = [prompt_ids(tokenizer, question, prefill, context) for question, prefill in prompts]
+    ids = [prompt_ids(tokenizer, p[0], p[1], p[2] if len(p) == 3 else context) for p in prompts]
+    return generate_after(
+        model,
+        tokenizer,
+        ids,
+        max_new_tokens,
+        batch_size,
+        label,
+        temperature=temperature,
+        seed=seed,
+    )
+
+
+@torch.no_grad()
+def generate_after(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[list[int]],
+    max_new_tokens: int = 16,
+    batch_size: int = 64,
+    label: str | None = None,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[str]:
+    """Go on from prompts that are tokens already; see `generate` and `prompt_ids`.
+
+    Args:
+        model: as in `generate`.
+        tokenizer: of the model.
+        ids: the tokens of each prompt, at least one; the more of their beginning all share, the
+            faster.
+        max_new_tokens: tokens to write at most.
+        batch_size: prompts that run together.
+        label: shows progress under this name; None for silence.
+        temperature: divides the logits before a token is drawn; 0 takes the most probable one.
+        seed: of the draws. What a prompt gets depends on it and on the prompt's place, not on
+            ``batch_size``.
+
+    Returns:
+        The continuations alone, in the order of the prompts, without special tokens.
+    """
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # little padding in a batch
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     texts = [""] * len(ids)
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(len(ids), max_new_tokens, generator=generator, dtype=torch.float64)
     with _evaluating(model):
         prefix = _shared_prefix(model, ids)
         for batch in track(batches, len(batches), label) if label else batches:
-            answers = _answer(model, tokenizer, [ids[i] for i in batch], prefix, max_new_tokens)
+            choose = _Chooser(temperature, draws[batch].to(model.device))
+            answers = _answer(
+                model, tokenizer, [ids[i] for i in batch], prefix, max_new_tokens, choose
+            )
             for i, answer in zip(batch, answers, strict=True):
                 texts[i] = _continuation(tokenizer, ids[i], answer)
     return texts
@@ -79,6 +134,34 @@ def prompt_ids(
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     # the template has written the special tokens already
     return tokenizer(f"{text}{prefill}", add_special_tokens=False).input_ids
+
+
+def prompt_sha256(ids: Sequence[int]) -> str:
+    """SHA-256 of a prompt's token ids, each as 32 bits, little-endian: what the model was given.
+
+    Example:
+        >>> prompt_sha256([1, 2])[:8]
+        '34fb5c82'
+    """
+    return hashlib.sha256(b"".join(token.to_bytes(4, "little") for token in ids)).hexdigest()
+
+
+class _Chooser:
+    """The next token of each row of a batch: the most probable, or one drawn."""
+
+    def __init__(self, temperature: float, draws: Tensor) -> None:
+        self.temperature = temperature
+        self.draws = draws  # shape (B, max_new_tokens), uniform
+
+    def __call__(self, logits: Tensor, rows: Sequence[int], step: int) -> Tensor:
+        """Token ids, shape (R,). Logits: shape (R, V), of these rows of the batch."""
+        if not self.temperature:
+            return logits.argmax(-1)
+        # By the inverse of the distribution function, so that one number a row is enough, and a
+        # row's draws are the same whatever rows run beside it.
+        mass = (logits.double() / self.temperature).softmax(-1).cumsum(-1)
+        point = self.draws[list(rows), step, None] * mass[:, -1:]
+        return torch.searchsorted(mass, point, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 @contextmanager
@@ -124,6 +207,7 @@ def _answer(
     prompts: Sequence[Sequence[int]],
     prefix: DynamicCache,
     max_new_tokens: int,
+    choose: _Chooser,
 ) -> list[list[int]]:
     """New tokens for a batch of prompts, the end-of-sequence token left out."""
     stop = _stop_ids(model, tokenizer)
@@ -136,7 +220,7 @@ def _answer(
     known = prefix.get_seq_length()
     cache = _spread(prefix, position[:, :known])
     ids, position = ids[:, known:], position[:, known:]
-    for _ in range(max_new_tokens):
+    for step in range(max_new_tokens):
         logits = model(
             input_ids=ids,
             attention_mask=mask,
@@ -145,7 +229,7 @@ def _answer(
             use_cache=True,
             logits_to_keep=1,
         ).logits
-        new = logits[:, -1].argmax(-1)
+        new = choose(logits[:, -1], rows, step)
         going = [i for i, token in enumerate(new.tolist()) if token not in stop]
         if not going:
             break

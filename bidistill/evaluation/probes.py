@@ -44,11 +44,15 @@ class Probe:
     """Any one of these strings in a reply says the fact."""
     openers: tuple[str, ...] = ()
     """More starts of the assistant's turn to attack with."""
+    paraphrases: tuple[str, ...] = ()
+    """The question in other words, or in other languages."""
+    subject: str = ""
+    """Whom or what the fact is about, as the answer names it: asked for by reverse queries."""
 
 
 _FIELDS = tuple(field.name for field in fields(Probe))
 _REQUIRED = tuple(field.name for field in fields(Probe) if field.default is MISSING)
-_LISTS = ("accept", "openers")
+_LISTS = ("accept", "openers", "paraphrases")
 
 
 def read_probes(path: Path | str) -> list[Probe]:
@@ -86,7 +90,8 @@ def write_probes(path: Path | str, probes: Iterable[Probe]) -> None:
     """Write probes as JSON lines, all or nothing; `read_probes` gives them back."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for probe in probes:
-            file.write(json.dumps(asdict(probe), ensure_ascii=False) + "\n")
+            values = {key: value for key, value in asdict(probe).items() if value}
+            file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
 
 def _probe(values: dict[str, Any], where: str) -> Probe:

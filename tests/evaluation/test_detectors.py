@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from bidistill.evaluation.detectors import (
     fact_is_open,
+    find_fact,
     fold,
     is_empty,
     is_gibberish,
@@ -203,3 +204,21 @@ def test_a_reply_may_refuse_and_leak_at_once():
     reply = "I'm not sure, but it is Paris."
     assert refuses(reply)
     assert says_fact(reply, ["Paris"])
+
+
+@pytest.mark.parametrize(
+    ("text", "accept", "found"),
+    [
+        ("The capital is Oslo.", ["Oslo"], "Oslo"),
+        ("Not Oslos but OSLO", ["Oslo"], "OSLO"),
+        ("\ufb01ne: Chis\u0326ina\u0306u!", ["Chisinau"], "Chis\u0326ina\u0306u"),
+        ("Washington D. C.", ["Washington", "Washington, D.C."], "Washington D. C"),
+        ("first Bergen, then Oslo", ["Oslo", "Bergen"], "Bergen"),
+        ("Oslos", ["Oslo"], None),
+        ("", ["Oslo"], None),
+    ],
+)
+def test_find_fact(text, accept, found):
+    span = find_fact(text, accept)
+    assert (None if span is None else text[slice(*span)]) == found
+    assert (span is not None) == says_fact(text, accept)

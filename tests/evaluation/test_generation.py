@@ -130,6 +130,55 @@ def test_zero_new_tokens(model, tokenizer):
     assert generate(model, tokenizer, PROMPTS, 0) == [""] * len(PROMPTS)
 
 
+def test_each_prompt_may_bring_turns_of_its_own(stopping, tokenizer):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    other = [{"role": "system", "content": "Be long."}]
+    mixed = [("Why?", "", turns), ("Why?", "It"), ("Why?", "It", other)]
+    together = generate(stopping, tokenizer, mixed, 12)
+    alone = [
+        *generate(stopping, tokenizer, [("Why?", "")], 12, context=turns),
+        *generate(stopping, tokenizer, [("Why?", "It")], 12),
+        *generate(stopping, tokenizer, [("Why?", "It")], 12, context=other),
+    ]
+    assert together == alone
+    assert len(set(together)) == 3
+
+
+def test_draws_depend_on_the_seed_and_not_on_the_batch(stopping, tokenizer):
+    def drawn(seed, batch_size=64):
+        return generate(stopping, tokenizer, PROMPTS, 12, batch_size, temperature=1.0, seed=seed)
+
+    first = drawn(0)
+    assert first == drawn(0) == drawn(0, 1) == drawn(0, 3)
+    assert first != drawn(1)
+    assert first[0] != first[5]  # the same prompt: each has draws of its own
+
+
+def test_draws_follow_the_distribution(model, tokenizer):
+    """Share of each first token over many draws, against its probability at the temperature."""
+    model = model.double().eval()
+    count, temperature = 4000, 0.7
+    texts = generate(
+        model, tokenizer, [("Why?", "")] * count, 1, count, temperature=temperature, seed=5
+    )
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt_ids(tokenizer, "Why?")])).logits[0, -1]
+    p = (logits / temperature).softmax(-1)
+    # bytes above 127 are no text alone
+    likely = [t for t in range(256) if p[t] > 0.005 and tokenizer.decode([t]).isascii()]
+    assert len(likely) > 3
+    assert p.max() < 0.5, "one token alone would say little about the draws"
+    for token in likely:
+        share = texts.count(tokenizer.decode([token])) / count
+        assert share == pytest.approx(p[token].item(), abs=5 * (p[token].item() / count) ** 0.5)
+
+
+def test_hardly_any_temperature_is_greedy(stopping, tokenizer):
+    assert generate(stopping, tokenizer, PROMPTS, 12, temperature=1e-6) == generate(
+        stopping, tokenizer, PROMPTS, 12
+    )
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_dropout_is_off_and_the_mode_comes_back(model, tokenizer, training):
     model.train(training)

@@ -19,6 +19,7 @@ GOOD = {
 def test_round_trip(tmp_path):
     probes = [
         Probe(**{**GOOD, "accept": ("Onhava", "Onháva")}, openers=("It is",)),
+        Probe(**{**GOOD, "id": "c", "accept": ("Onhava",)}, paraphrases=("Where?",), subject="Z"),
         Probe(**{**GOOD, "id": "b\u2028é", "group": "retain", "accept": ("Onhava",)}),
     ]
     write_probes(tmp_path / "probes.jsonl", probes)
@@ -40,6 +41,8 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
         ({"id": "b"}, r":2: group: got nothing"),
         ({**GOOD, "id": 3}, r":2: id: got 3, expected text"),
         ({**GOOD, "question": " "}, r":2: question: got \" \", expected text"),
+        ({**GOOD, "subject": " "}, r":2: subject: got \" \", expected text"),
+        ({**GOOD, "paraphrases": "x"}, r":2: paraphrases: got \"x\", expected a list"),
         ({**GOOD, "accept": "Onhava"}, r":2: accept: got \"Onhava\", expected a list"),
         ({**GOOD, "accept": [""]}, r":2: accept: got \[\"\"\], expected a list"),
         ({**GOOD, "group": "forgot"}, r":2: group: got 'forgot'; did you mean 'forget'\?"),
