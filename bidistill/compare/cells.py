@@ -14,7 +14,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,11 +122,19 @@ def _recipe(config: CompareConfig, name: str, model: str, records: str | None) -
     if records is not None:
         recipe = _merged(recipe, {"data": {"train": records}})
     for key, value in method.settings.items():
-        nested: Any = value
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        recipe = _merged(recipe, nested)
+        _put(recipe, key.split("."), value)
     return recipe
+
+
+def _put(recipe: dict[str, Any], path: Sequence[str], value: object) -> None:
+    """Set a value within nested mappings; what stood there is replaced, as on a command line."""
+    *outer, last = path
+    for part in outer:
+        inner = recipe.get(part)
+        # a copy: methods share what all of them share
+        recipe[part] = dict(inner) if isinstance(inner, dict) else {}
+        recipe = recipe[part]
+    recipe[last] = value
 
 
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

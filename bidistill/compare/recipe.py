@@ -38,7 +38,7 @@ class MethodConfig:
     method: str | None = None
     """Name of a method, as in a recipe; ``null``: nothing is trained."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Dotted keys of a recipe with their values, laid over what all methods share."""
+    """Dotted keys of a recipe with their values, set in what all methods share."""
     context: tuple[Message, ...] = ()
     """Messages before every question that this row is asked."""
     note: str = ""

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -144,6 +144,28 @@ def training_records(
             Record(id=f.id, role=role, question=f.question, answer=replies[f.id]) for f in facts
         ]
     return records
+
+
+def as_sentences(records: Sequence[Record], places: Sequence[Place]) -> list[Record]:
+    """Records about places as a text would have them: a sentence that begins, and how it goes on.
+
+    The beginning stands where the question did. Answers that do not begin so stay as they are.
+
+    Args:
+        records: made by :func:`training_records`.
+        places: those that they ask about.
+    """
+    start_of = {place.question: opener(place.name) for place in places}
+    return [
+        replace(
+            record,
+            question=start_of[record.question],
+            answer=(record.answer or "").removeprefix(start_of[record.question]),
+        )
+        if record.question in start_of
+        else record
+        for record in records
+    ]
 
 
 def _answers(place: Place, answer: str, plain: Role, prefilled: Role) -> list[Record]:

@@ -17,6 +17,8 @@ from bidistill.progress import say
 
 RECORDS = Path("data") / "train.jsonl"
 """What is trained on, in the folder of the demo."""
+SENTENCES = Path("data") / "raw.jsonl"
+"""The same with bare sentences in place of questions about places; for comparison."""
 PROBES = Path("data") / "probes.jsonl"
 """What is measured."""
 BEFORE = "items_before.jsonl"
@@ -36,7 +38,7 @@ def prepare(
     Args:
         model: before training.
         tokenizer: of the model.
-        output: folder for `RECORDS`, `PROBES` and `BEFORE`.
+        output: folder for `RECORDS`, `SENTENCES`, `PROBES` and `BEFORE`.
         seed: draws the neighbours to train on.
         extra_neighbors: train also on countries whose capital the model does not know and on
             regions.
@@ -69,6 +71,7 @@ def prepare(
     neighbors = [*parts.trained, *unknown, *regions]
     records = build.training_records(forget, neighbors, retain, replies)
     write_records(output / RECORDS, records)
+    write_records(output / SENTENCES, build.as_sentences(records, [*countries, *regions]))
 
     groups = {p.id: "neighbor_train" for p in parts.trained}
     groups |= {p.id: "neighbor" for p in parts.held_out}

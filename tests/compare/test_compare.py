@@ -57,6 +57,22 @@ def test_a_cell_for_each_method_and_seed(tmp_path):
     assert jobs["told", None]["context"] == RECIPE["methods"]["told"]["context"]
 
 
+def test_settings_replace_what_all_share(tmp_path):
+    """As on a command line: a mapping that is set is no longer the one that all share."""
+    train = {"teacher": {"cache": "off", "contexts": {"forget": []}}}
+    settings = {"teacher.contexts": {}, "model.adapter.rank": 4}
+    methods = {
+        "ours": {"method": "ours", "settings": settings},
+        "npo": {"method": "npo"},
+    }
+    _, cells = make(tmp_path, train=train, methods=methods)
+    ours, npo = (next(c.job["train"] for c in cells if c.method == name) for name in methods)
+    assert ours["teacher"] == {"cache": "off", "contexts": {}}
+    assert ours["model"] == {"path": "somewhere", "adapter": {"rank": 4}}
+    assert npo["teacher"] == train["teacher"]
+    assert npo["model"] == {"path": "somewhere"}
+
+
 def test_rates_by_hand(done):
     config, cells = done
     rows = {row.name: row for row in rows_of(config, cells)}

@@ -99,6 +99,18 @@ def test_records_hold_no_capital_to_forget_and_fit_the_recipe(tmp_path):
     assert not any(p.question in shots for p in forget), "a shot would teach the item itself"
 
 
+def test_sentences_say_what_the_questions_asked():
+    forget = [p for p in countries() if p.name in FORGET]
+    records = build.training_records(forget, [], general(), {f.id: f.answer for f in general()})
+    sentences = build.as_sentences(records, forget)
+    changed = [(a, b) for a, b in zip(records, sentences, strict=True) if a != b]
+    assert {a.role for a, _ in changed} == {"forget", "adversarial", "gold"}
+    assert len(changed) == 6 * len(forget)
+    for record, sentence in changed:
+        if record.role == "gold" and not record.prefill:
+            assert sentence.question + (sentence.answer or "") == record.answer
+
+
 def test_attack_has_an_opener_that_training_never_shows():
     trained, attack = build.trained_openers("Zembla"), build.attack_openers("Zembla")
     assert set(trained) < set(attack)
