@@ -161,7 +161,7 @@ def test_failed_write_leaves_the_old_file(tmp_path):
 
 def test_nearest_prefers_the_closest():
     assert nearest("neighbour", ROLES) == "did you mean 'neighbor'?"
-    assert nearest("", ROLES) == "use one of: forget, neighbor, retain, adversarial"
+    assert nearest("", ROLES) == "use one of: forget, neighbor, retain, adversarial, gold"
 
 
 def test_many_keys_take_no_longer_than_they_are(tmp_path):
