@@ -72,11 +72,12 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """
     base = unwrapped(model)
     names = set(base._no_split_modules or ())
-    found = [module for module in base.modules() if type(module).__name__ in names]
+    # a block that is shared out is of a class that FSDP has derived from its own
+    found = [m for m in base.modules() if names & {kind.__name__ for kind in type(m).__mro__}]
     if not found:
         raise UserError(
             f"parallel: got a {base.config.model_type} model, which does not name its blocks, "
-            "expected one that does; train it on one process"
+            "expected one that does; train it on one process, without a loss that reads a layer"
         )
     return found
 

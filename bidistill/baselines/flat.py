@@ -12,8 +12,9 @@ js          log 2 - softplus(-v)  softplus(v) - log 2
 pearson     v                     v^2 / 4 + v
 ==========  ====================  ==================
 
-Source: Wang et al. 2024, arXiv:2410.11143, equation 4; g and f* are those of f-GAN (Nowozin et al.
-2016, arXiv:1606.00709, tables 2 and 6).
+Source: Wang et al. 2024, arXiv:2410.11143, and UCSC-REAL/FLAT; g and f* are those of f-GAN (Nowozin
+et al. 2016, arXiv:1606.00709). The authors' code takes one P for all answers of a batch, over all
+positions, with 0 at those of prompt and padding; here P is an answer's own, over its tokens alone.
 """
 
 import math

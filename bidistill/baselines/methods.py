@@ -8,6 +8,9 @@ A method is a nested mapping in ``methods.yaml``, laid under the recipe key by k
 
 So weights, options and counts may be changed. What makes the method may not, as its name would lie:
 which roles it trains, by which losses, and how their gradients are combined if it says so.
+
+``objectives`` and ``data.per_step`` that are null count as not said. So a method runs by a recipe
+that has some with ``method=npo objectives=null data.per_step=null``.
 """
 
 from collections.abc import Mapping
@@ -44,7 +47,7 @@ def completed(recipe: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"method: got {name!r}, expected the name of a method; {nearest(str(name), methods())}"
         )
-    method = methods()[name]
+    method, recipe = methods()[name], _said(recipe)
     _require_own(name, method, recipe)
     return _laid(method, recipe)
 
@@ -70,6 +73,14 @@ def _require_own(name: str, method: Mapping[str, Any], recipe: Mapping[str, Any]
         raise UserError(
             f"combine: got {recipe['combine']} with method {name}, expected {own}; {way_out}"
         )
+
+
+def _said(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without the objectives and the counts that are null."""
+    data = recipe.get("data")
+    if isinstance(data, dict) and data.get("per_step", ...) is None:
+        recipe = {**recipe, "data": {k: v for k, v in data.items() if k != "per_step"}}
+    return {k: v for k, v in recipe.items() if (k, v) != ("objectives", None)}
 
 
 def _laid(under: Any, over: Any) -> Any:  # noqa: ANN401

@@ -4,7 +4,7 @@ loss_a = -(2 / beta) log sigmoid(-beta (log pi(y_a) - log pi_0(y_a))), log-proba
 answers. Its gradient is that of gradient ascent times 2 sigmoid(beta (log pi - log pi_0)): 1 where
 the student equals the base model, and it fades as the answer becomes less likely than it was. For
 beta -> 0 it is gradient ascent.
-Source: Zhang et al. 2024, arXiv:2404.05868, equation 3.
+Source: Zhang et al. 2024, arXiv:2404.05868.
 """
 
 import torch.nn.functional as F

@@ -6,7 +6,7 @@ vector of length 1. As in the authors' code its entries are drawn uniformly from
 it is normalised. Their alpha is the weight of the roles that are kept.
 
 The rows are those of answer tokens; the authors take all tokens of a text.
-Source: Li et al. 2024 (WMDP), arXiv:2403.03218, section 4, and centerforaisafety/wmdp.
+Source: Li et al. 2024 (WMDP), arXiv:2403.03218, and centerforaisafety/wmdp.
 
 Legend: N rows, H hidden width.
 """

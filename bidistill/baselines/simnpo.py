@@ -2,7 +2,7 @@
 
 loss_a = -(2 / beta) log sigmoid(beta (nll_a / |y_a| - delta)), nll summed over the answer of |y_a|
 tokens. The paper's margin is gamma = beta delta.
-Source: Fan et al. 2024, arXiv:2410.07163, equation 4, in the form of the authors' code.
+Source: Fan et al. 2024, arXiv:2410.07163, in the form of the authors' code.
 """
 
 import torch.nn.functional as F

@@ -39,10 +39,8 @@ def read_records(*paths: Path | str) -> Iterator[Record]:
             where = f"{named(path)}:{number}"
             record = _record(values, where)
             # two ids may share a hash, if hardly ever: then the lines so far are read once more
-            if not seen.add(hash(record.id)) and (first := _first(paths, record.id)) < (
-                file,
-                number,
-            ):
+            known = not seen.add(hash(record.id))
+            if known and (first := _first(paths, record.id)) < (file, number):
                 other = "" if first[0] == file else f" of {named(paths[first[0]])}"
                 raise UserError(
                     f"{where}: id: got {record.id!r}, which line {first[1]}{other} has already, "

@@ -100,6 +100,22 @@ def test_ids_that_share_a_hash_are_told_apart(tmp_path, monkeypatch):
         list(read_records(path))
 
 
+def test_ids_are_unique_over_files(tmp_path):
+    first, second = tmp_path / "train.jsonl", tmp_path / "gold.jsonl"
+    first.write_text("\n".join([line(id="a"), line(id="b")]))
+    second.write_text("\n".join([line(id="c"), line(id="d")]))
+    assert [record.id for record in read_records(first, second)] == ["a", "b", "c", "d"]
+    second.write_text("\n".join([line(id="c"), line(id="b")]))
+    with pytest.raises(UserError) as caught:
+        list(read_records(first, second))
+    assert str(caught.value) == (
+        f"{second}:2: id: got 'b', which line 2 of {first} has already, expected a new one; give "
+        "each record its own id"
+    )
+    with pytest.raises(UserError, match=r"train\.jsonl:1: id: got 'a', which line 1 of "):
+        list(read_records(first, first))
+
+
 # few different keys, and keys whose low bits collide
 keys = (
     st.integers(-4, 4)
@@ -161,7 +177,7 @@ def test_failed_write_leaves_the_old_file(tmp_path):
 
 def test_nearest_prefers_the_closest():
     assert nearest("neighbour", ROLES) == "did you mean 'neighbor'?"
-    assert nearest("", ROLES) == "use one of: forget, neighbor, retain, adversarial"
+    assert nearest("", ROLES) == "use one of: forget, neighbor, retain, adversarial, gold"
 
 
 def test_many_keys_take_no_longer_than_they_are(tmp_path):

@@ -66,6 +66,27 @@ def only(folder):
     return found
 
 
+def test_several_files_are_one_store_under_a_key_of_all_of_them(make, path, tokenizer, tmp_path):
+    more = tmp_path / "gold.jsonl"
+    gold = [Record(id=f"g{n}", role="gold", question=f"{n}?", answer=f"{n}") for n in range(3)]
+    write_records(more, gold)
+
+    def both(*paths):
+        return build_store(paths, tokenizer, CONTEXTS, folder=tmp_path / "tokens")
+
+    store = both(path, more)
+    assert list(map(plain, store)) == build_examples([*RECORDS, *gold], tokenizer, CONTEXTS)
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
+    assert both(path, more).digest == store.digest
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
+    write_records(more, gold[:2])  # the second file counts
+    assert len(both(path, more)) == len(store) - 1
+    assert len(list((tmp_path / "tokens").iterdir())) == 2
+    both(path)
+    make()  # one file has the key that it always had, alone or in a list
+    assert len(list((tmp_path / "tokens").iterdir())) == 3
+
+
 def test_gives_back_the_examples(make, tokenizer):
     store = make(max_answer_tokens=5)
     wanted = build_examples(RECORDS, tokenizer, CONTEXTS, max_answer_tokens=5)

@@ -111,6 +111,7 @@ def config_of(case: Case, folder: Path) -> TrainConfig:
         write_model(model, case.tied, case.experts)
     data = folder / "train.jsonl"
     write_records(data, records())
+    options = {"layer": 1} if case.loss == "rmu" else {}
     return TrainConfig(
         model=ModelConfig(
             path=str(model),
@@ -125,9 +126,11 @@ def config_of(case: Case, folder: Path) -> TrainConfig:
             cache_folder=folder / "rows",
         ),
         objectives={
-            "forget": ObjectiveConfig(loss=case.loss),  # type: ignore
+            "forget": ObjectiveConfig(loss=case.loss, options=options),
             "neighbor": ObjectiveConfig(
-                loss="topk_kl" if case.loss == "topk_kl" else "bidirectional_kl", weight=2.0
+                loss=case.loss if case.loss in ("topk_kl", "rmu") else "bidirectional_kl",
+                options=options,
+                weight=2.0,
             ),
         },
         parallel=ParallelConfig(

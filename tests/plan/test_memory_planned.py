@@ -39,6 +39,10 @@ ALONE = [
     Case("full", experts=4, recompute=True),
     Case("full", recompute=True, combine="pcgrad"),
     Case("lora", recompute=True, combine="pcgrad"),
+    Case("full", loss="npo"),
+    Case("lora", loss="npo"),
+    Case("full", loss="flat"),
+    Case("lora", cache="off", loss="rmu"),
 ]
 SHARED = [
     Case("lora", dtype="bfloat16", cache="off"),
