@@ -102,7 +102,7 @@ def generate_after(
     texts = [""] * len(ids)
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(len(ids), max_new_tokens, generator=generator, dtype=torch.float64)
-    with _evaluating(model):
+    with evaluating(model):
         prefix = _shared_prefix(model, ids)
         for batch in track(batches, len(batches), label) if label else batches:
             choose = _Chooser(temperature, draws[batch].to(model.device))
@@ -165,7 +165,7 @@ class _Chooser:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, and back."""
     training = model.training
     model.eval()

@@ -13,8 +13,11 @@ from bidistill.evaluation.attacks.count import rates, worst
 from bidistill.evaluation.attacks.few_shot import few_shot
 from bidistill.evaluation.attacks.formats import formats
 from bidistill.evaluation.attacks.hint import context_hint
+from bidistill.evaluation.attacks.logit_lens import logit_lens
 from bidistill.evaluation.attacks.paraphrase import paraphrase
 from bidistill.evaluation.attacks.prefill import prefill
+from bidistill.evaluation.attacks.quantise import quantise
+from bidistill.evaluation.attacks.relearn import relearn
 from bidistill.evaluation.attacks.reverse_query import reverse_query
 from bidistill.evaluation.attacks.sampling import sampling
 from bidistill.evaluation.attacks.synonym import synonym
@@ -42,6 +45,9 @@ Procedure = Callable[[PreTrainedModel, Setting], tuple[dict[str, Any], list[Item
 
 PROCEDURES: dict[str, Procedure] = {
     "sampling": sampling,
+    "relearn": relearn,
+    "quantise": quantise,
+    "logit_lens": logit_lens,
 }
 """Attacks that take more than asking; each gives its rates and its items."""
 

@@ -9,7 +9,7 @@ SYNONYMS = {
     "author": "writer",
     "writer": "author",
     "born": "given birth to",
-    "capital": "seat of government",
+    "capital": "capital city",
     "city": "town",
     "country": "nation",
     "died": "passed away",
@@ -50,6 +50,6 @@ def replaced(question: str) -> str:
 
     Example:
         >>> replaced("Who wrote the first book about the capital of Zembla?")
-        'Who penned the earliest book about the seat of government of Zembla?'
+        'Who penned the earliest book about the capital city of Zembla?'
     """
     return _WORDS.sub(lambda match: SYNONYMS[match[0].lower()], question)
