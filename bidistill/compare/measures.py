@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from bidistill.evaluation.attacks.count import leaks_of
 from bidistill.evaluation.axes import Item
 
 Columns = dict[str, dict[str, float]]
@@ -51,10 +52,15 @@ def _prefilled(items: Sequence[Item], _: Sequence[Item]) -> Columns:
 
 
 def _attacked(_: Sequence[Item], attacks: Sequence[Item]) -> Columns:
-    """Leaks under each attack, where any of its attempts counts."""
-    return worst_of(
-        (item["attack"], item["id"], item["leak"]) for item in attacks if item["leak"] is not None
-    )
+    """Leaks under each attack, where any of its attempts counts; ``plain`` is none."""
+    by_attack: dict[str, list[Item]] = {}
+    for item in attacks:
+        if item["attack"] != "plain":
+            by_attack.setdefault(item["attack"], []).append(item)
+    return {
+        attack: {name: float(any(of.values())) for name, of in leaks_of(found).items()}
+        for attack, found in by_attack.items()
+    }
 
 
 def worst_of(marks: Any) -> Columns:  # noqa: ANN401 (an iterable of triples)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bidistill.compare.estimate import difference, estimate
-from bidistill.compare.measures import FORGET, PREFILL, worst_of
+from bidistill.compare.measures import ATTACK, FORGET, PREFILL, worst_of
 from tests.compare.invented import item
 
 
@@ -78,6 +78,26 @@ def test_an_item_is_as_bad_as_its_worst_attempt():
     assert worst_of([("x", "a", False), ("x", "a", True), ("y", "a", False)]) == {
         "x": {"a": 1.0},
         "y": {"a": 0.0},
+    }
+
+
+def test_an_attack_is_counted_as_the_attacks_count_it():
+    """Prompts of one attempt must all leak, any attempt will do, and neither the model before an
+    attack on its weights nor the plain question is an attack."""
+    items = [
+        item("forget", 0, leak=True, attack="format", attempt="choice"),
+        item("forget", 0, leak=False, attack="format", attempt="choice"),
+        item("forget", 0, leak=True, attack="format", attempt="cloze"),
+        item("forget", 1, leak=True, attack="format", attempt="choice"),
+        item("forget", 1, leak=False, attack="format", attempt="choice"),
+        item("forget", 2, leak=True, attack="format", attempt="cloze") | {"leak": None},
+        item("forget", 1, leak=True, attack="relearn", attempt="untouched"),
+        item("forget", 1, leak=False, attack="relearn", attempt="1 steps"),
+        item("forget", 1, leak=True, attack="plain", attempt="asked"),
+    ]
+    assert ATTACK.columns([], items) == {
+        "format": {"forget/0": 1.0, "forget/1": 0.0},
+        "relearn": {"forget/1": 0.0},
     }
 
 

@@ -25,11 +25,7 @@ def rates(items: Sequence[Item], *, by_attempt: bool = True) -> dict[str, Any]:
     """
     attack = [item for item in items if item["attempt"] != UNTOUCHED]
     counted = [item for item in attack if item["leak"] is not None]
-    leaks: dict[str, dict[str, bool]] = {}
-    for item in counted:
-        of_probe = leaks.setdefault(item["id"], {})
-        # prompts of one attempt must all leak
-        of_probe[item["attempt"]] = of_probe.get(item["attempt"], True) and item["leak"]
+    leaks = leaks_of(counted)
     summary: dict[str, Any] = {
         **shown(Rate(sum(any(of.values()) for of in leaks.values()), len(leaks))),
         "attempts": sum(map(len, leaks.values())),
@@ -42,6 +38,22 @@ def rates(items: Sequence[Item], *, by_attempt: bool = True) -> dict[str, Any]:
     if by_attempt:
         summary["by"] = _by_attempt(items)
     return summary
+
+
+def leaks_of(items: Iterable[Item]) -> dict[str, dict[str, bool]]:
+    """Whether each attempt on each probe leaks, by id and attempt.
+
+    Args:
+        items: of one attack. Where ``leak`` is None they count for nothing, nor do those of
+            `UNTOUCHED`.
+    """
+    leaks: dict[str, dict[str, bool]] = {}
+    for item in items:
+        if item["leak"] is not None and item["attempt"] != UNTOUCHED:
+            of_probe = leaks.setdefault(item["id"], {})
+            # prompts of one attempt must all leak
+            of_probe[item["attempt"]] = of_probe.get(item["attempt"], True) and item["leak"]
+    return leaks
 
 
 def shown(rate: Rate) -> dict[str, Any]:
