@@ -99,7 +99,7 @@ def cells_of(config: CompareConfig, model: str, records: str | None, probes: Pat
             for name, method in config.methods.items():
                 context = [dict(message) for message in method.context]
                 if method.method is not None:
-                    train = _recipe(config, name, model, records)
+                    train = recipe_of(config, name, model, records)
                     train |= {"seed": seed}
                     every = config.gradients if seed == config.seeds[0] else None
                     yield cell(name, seed, train=train, context=context, gradients=every)
@@ -115,8 +115,15 @@ def fingerprint(cell: Cell) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _recipe(config: CompareConfig, name: str, model: str, records: str | None) -> dict[str, Any]:
-    """How a method trains: what all share, under its own settings."""
+def recipe_of(config: CompareConfig, name: str, model: str, records: str | None) -> dict[str, Any]:
+    """How a method trains: what all share, under its own settings; without seed and output.
+
+    Args:
+        config: the comparison.
+        name: of the method.
+        model: as in :func:`cells_of`.
+        records: as in :func:`cells_of`.
+    """
     method = config.methods[name]
     recipe = _merged(config.train, {"method": method.method, "model": {"path": model}})
     if records is not None:

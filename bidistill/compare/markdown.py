@@ -50,6 +50,15 @@ def table(
         "Means over seeds. Peak: resident set of the whole process.",
         _costs(rows),
     ]
+    if names := attack_names(rows):
+        parts += [
+            "## Attacks",
+            "Share of what was to be forgotten that an attack brings out, by any of its attempts.",
+            _lines(
+                ["method", *names],
+                [[row.name, *(text_of(row.attacks.get(name)) for name in names)] for row in rows],
+            ),
+        ]
     if angles := _gradients(rows):
         parts += [
             "## Gradients of the roles",
@@ -60,6 +69,11 @@ def table(
     if notes:
         parts += ["## Notes", "\n".join(notes)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def attack_names(rows: Sequence[Row]) -> list[str]:
+    """All attacks that were made, in their order."""
+    return list(dict.fromkeys(name for row in rows for name in row.attacks))
 
 
 def text_of(found: Estimate | None) -> str:

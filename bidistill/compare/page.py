@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from bidistill.compare.estimate import Estimate
-from bidistill.compare.markdown import NOTHING, costs, heading, table
+from bidistill.compare.markdown import NOTHING, attack_names, costs, heading, table
 from bidistill.compare.measures import MEASURES
 from bidistill.compare.plots import COLOURS, pareto, radar
 from bidistill.compare.recipe import CompareConfig
@@ -43,6 +43,7 @@ def _numbers(rows: Sequence[Row], judged: Verdict) -> dict[str, Any]:
     methods = {
         row.name: {
             "rates": {key: found and asdict(found) for key, found in row.estimates.items()},
+            "attacks": {key: found and asdict(found) for key, found in row.attacks.items()},
             "axes": row.axes(rows[0]),
             "cost": asdict(row.cost()),
             "seeds": [cell.seed for cell in row.cells],
@@ -56,13 +57,15 @@ def _page(
     config: CompareConfig, rows: Sequence[Row], judged: Verdict, missing: Sequence[str]
 ) -> str:
     shown = [m for m in MEASURES if any(row.estimates[m.key] is not None for row in rows)]
+    attacks = attack_names(rows)
     cost_headings, cost_rows = costs(rows)
     content = [
         {
             "name": row.name,
             "reached": within(row, config.limits),
             "cells": [_cell(row.estimates[measure.key]) for measure in shown],
-            "cost": cost,
+            "cost": [{"value": number} for number in cost],
+            "attacks": [_cell(row.attacks.get(name)) for name in attacks],
             "radar": radar(row, rows[0], COLOURS[number % len(COLOURS)]),
         }
         for number, (row, cost) in enumerate(zip(rows, cost_rows, strict=True))
@@ -75,6 +78,7 @@ def _page(
         missing=missing,
         headings=[heading(measure, rows) for measure in shown],
         rows=content,
+        attacks=attacks,
         cost_headings=cost_headings,
         pareto=pareto(rows, config.limits),
         groups=_groups(rows),

@@ -12,6 +12,7 @@ import numpy as np
 from bidistill.compare.cells import ATTACKS, ITEMS, METRICS, Cell
 from bidistill.compare.estimate import Difference, Estimate, difference, estimate
 from bidistill.compare.measures import (
+    ATTACK,
     AXES,
     FORGET,
     MEASURES,
@@ -61,6 +62,15 @@ class Row:
     def estimates(self) -> dict[str, Estimate | None]:
         """By the key of the measure; None where there is nothing to count."""
         return {key: estimate(seeds) for key, seeds in self.columns.items()}
+
+    @cached_property
+    def attacks(self) -> dict[str, Estimate | None]:
+        """Leaks under each attack by itself, by its name."""
+        seeds = self.columns[ATTACK.key]
+        names = dict.fromkeys(name for columns in seeds for name in columns)
+        return {
+            name: estimate([{name: columns.get(name, {})} for columns in seeds]) for name in names
+        }
 
     @property
     def trained(self) -> bool:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import yaml
 
 from bidistill.compare import page
-from bidistill.compare.cells import Cell, cells_of
+from bidistill.compare.cells import Cell, cells_of, recipe_of
 from bidistill.compare.recipe import CompareConfig
 from bidistill.compare.results import rows_of
 from bidistill.config import load_config
@@ -50,11 +50,11 @@ def run(config: CompareConfig, *, table_only: bool = False) -> int:
             nothing to report on.
         SystemExit: interrupted (code 130); what is done stays.
     """
+    _check_recipes(config)
     inputs = _inputs(config)
     cells = cells_of(config, *inputs)
     for cell in cells:
         cell.begin()
-    _check_recipes(cells)
     missing = [] if table_only else [cell for cell in cells if not cell.done]
     say(f"{len(cells)} cells, {len(cells) - len(missing)} done already")
     failed = _run(missing, config.jobs)
@@ -84,18 +84,20 @@ def _inputs(config: CompareConfig) -> Inputs:
     return Inputs(str(model), str(folder / RECORDS), folder / PROBES)
 
 
-def _check_recipes(cells: Sequence[Cell]) -> None:
-    """Find a mistake in any method's settings before the first one trains."""
+def _check_recipes(config: CompareConfig) -> None:
+    """Find a mistake in any method's settings before anything is made."""
+    model, records = (config.model, None) if config.model else ("model", "records")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
-        for cell in cells:
-            if cell.job["train"] is None:
+        for name, method in config.methods.items():
+            if method.method is None:
                 continue
-            path.write_text(yaml.safe_dump(cell.job["train"] | {"output": folder}))
+            recipe = recipe_of(config, name, model, records) | {"output": folder}
+            path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
             try:
                 load_config(path)
             except UserError as error:
-                raise UserError(f"methods.{cell.method}: {error}") from None
+                raise UserError(f"methods.{name}: {error}") from None
 
 
 def _run(cells: Sequence[Cell], jobs: int) -> list[Cell]:

@@ -132,6 +132,14 @@ def test_a_tie_is_said_to_be_one(done):
     assert "as many as npo" in judged.sentence
 
 
+def test_a_mistake_in_one_method_shows_before_anything_is_made(tmp_path):
+    methods = RECIPE["methods"] | {"npo": {"method": "npo", "settings": {"optim.rl": 1e-4}}}
+    config, _ = make(tmp_path, methods=methods, train={"steps": 3, "data": {"train": "t.jsonl"}})
+    with pytest.raises(UserError, match=r"methods\.npo: optim: got unknown key .rl., expected lr"):
+        run(config)
+    assert not config.output.exists()
+
+
 def test_a_failed_or_missing_cell_is_named(done):
     config, cells = done
     gone = cells[-1]
