@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from bidistill.config import ObjectiveConfig
 from bidistill.data.records import Record
 from bidistill.errors import UserError
 from bidistill.evaluation.probes import Probe, write_probes
@@ -137,7 +138,12 @@ def test_default_context_serves_roles_without_their_own(config):
         "neighbor": system,
         "retain": system,
         "adversarial": SHOTS,
+        "gold": system,
     }
+    plain = ObjectiveConfig(loss="npo", instructed=False)
+    contexts = contexts_of(settings, {"gold": plain, "forget": plain})
+    assert contexts["gold"] == contexts["forget"] == ()
+    assert contexts["adversarial"] == SHOTS
 
 
 @pytest.mark.parametrize("missing", ["model", "probes"])

@@ -230,9 +230,9 @@ def test_the_teacher_knows_no_dropout(examples, monkeypatch):
     model = make_student("lora").train()
     modes = []
 
-    def watched(model, packed):
+    def watched(*given):
         modes.append(model.training)
-        return hidden_rows(model, packed)
+        return hidden_rows(*given)
 
     monkeypatch.setattr(models, "hidden_rows", watched)
     teacher.teacher_rows(model, examples[:2])
@@ -439,8 +439,8 @@ def no_teacher(monkeypatch):
         def raising(*args, **kwargs):
             raise TeacherRan
 
-        def student_only(model, packed):
-            return hidden_rows(model, packed) if torch.is_grad_enabled() else raising()
+        def student_only(*given):
+            return hidden_rows(*given) if torch.is_grad_enabled() else raising()
 
         monkeypatch.setattr(Batch, "teacher", raising)
         monkeypatch.setattr(models, "adapters_off", raising)
