@@ -14,15 +14,19 @@ from bidistill.evaluation.detectors import (
     refuses,
     says_fact,
 )
-from bidistill.evaluation.generation import generate
+from bidistill.evaluation.generation import generate, prompt_ids
 from bidistill.evaluation.probes import Group, Probe
+from bidistill.evaluation.prompts import prompt_sha256
+from bidistill.evaluation.sharing import share_out
+from bidistill.world import World
 
 OPENER = "opener"
 """Depth of the prompts that open the answer with a probe's own openers."""
 
 Item = dict[str, Any]
 """One prompt and its reply: id, group, depth, question, prefill, continuation, and what the four
-detectors say: leak, refusal, empty, gibberish."""
+detectors say: leak, refusal, empty, gibberish. `evaluate` adds ``prompt_sha256``, the fingerprint
+of the prompt's tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,7 @@ def evaluate(
     max_new_tokens: int = 16,
     batch_size: int = 64,
     label: str | None = None,
+    world: World | None = None,
 ) -> tuple[dict[str, Any], list[Item]]:
     """Ask every probe, attack those to be forgotten by prefilling, and judge the replies.
 
@@ -74,6 +79,7 @@ def evaluate(
         max_new_tokens: tokens of a reply at most.
         batch_size: prompts that run together.
         label: shows progress under this name; None for silence.
+        world: the ranks that share the prompts out; all of them must call it. None: this one.
 
     Returns:
         What `summarise` says, and the items it was made from.
@@ -87,10 +93,21 @@ def evaluate(
         for depth, prefill in _prefills(probe, tokenizer, sorted({0, *depths}))
     ]
     prompts = [(probe.question, prefill) for probe, _, prefill in attempts]
-    replies = generate(model, tokenizer, prompts, max_new_tokens, batch_size, label)
+    ids = [prompt_ids(tokenizer, *prompt) for prompt in prompts]
+    replies = share_out(
+        world or World(),
+        range(len(ids)),
+        lambda batch: generate(
+            model, tokenizer, [prompts[i] for i in batch], max_new_tokens, batch_size
+        ),
+        size=lambda i: len(ids[i]),
+        most_items=batch_size,
+        most_tokens=batch_size * max(map(len, ids), default=0),  # the count alone decides
+        label=label,
+    )
     items = [
-        judge(probe, depth, prefill, reply)
-        for (probe, depth, prefill), reply in zip(attempts, replies, strict=True)
+        {**judge(probe, depth, prefill, reply), "prompt_sha256": prompt_sha256(tokens)}
+        for (probe, depth, prefill), reply, tokens in zip(attempts, replies, ids, strict=True)
     ]
     return summarise(items), items
 
