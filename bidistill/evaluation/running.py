@@ -93,26 +93,14 @@ def evaluate_request(request: Request, out_dir: Path) -> dict[str, Any]:
     base = None
     if request.against is not None:
         base = _answers(request.against, None, questions, world)
-    metrics = {
-        **_numbers(own, base),
-        "model": str(request.model),
-        "adapter": None if request.adapter is None else str(request.adapter),
-        "against": None if request.against is None else str(request.against),
-        "probes": None if request.probes is None else str(request.probes),
-        "data": list(request.data),
-        "reference": None if request.reference is None else str(request.reference),
-        "limit": request.limit,
-        "seed": request.seed,
-        "wall_seconds": round(time.monotonic() - start, 3),
-        "versions": versions(),
-        "commit": commit(),
-    }
+    # the first rank alone draws intervals: they take longer than a small model's answers
+    metrics = world.share(_metrics(request, own, base, start) if world.first else None)
     if world.first:
         write_items(out_dir / "items.jsonl", own.items)
         if base is not None:
             write_items(out_dir / "items_against.jsonl", base.items)
         write_json(out_dir / "metrics.json", metrics)
-    _print(own, base, request)
+    _print(metrics)
     return metrics
 
 
@@ -184,8 +172,30 @@ def load(model_dir: Path, adapter: Path | None) -> "PreTrainedModel":
     return PeftModel.from_pretrained(model, adapter)  # type: ignore
 
 
+def _metrics(request: Request, own: Answers, base: Answers | None, start: float) -> dict[str, Any]:
+    """What ``metrics.json`` says: the numbers, and what they were made with."""
+
+    def text(path: Path | None) -> str | None:
+        return None if path is None else str(path)
+
+    return {
+        **_numbers(own, base),
+        "model": str(request.model),
+        "adapter": text(request.adapter),
+        "against": text(request.against),
+        "probes": text(request.probes),
+        "data": list(request.data),
+        "reference": text(request.reference),
+        "limit": request.limit,
+        "seed": request.seed,
+        "wall_seconds": round(time.monotonic() - start, 3),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
 def _numbers(own: Answers, base: Answers | None) -> dict[str, Any]:
-    """What ``metrics.json`` says of one model, or of two and their difference."""
+    """The numbers of one model, or of two and their difference."""
 
     def summaries(answers: Answers) -> dict[str, Any]:
         return {
@@ -203,11 +213,12 @@ def _numbers(own: Answers, base: Answers | None) -> dict[str, Any]:
     return numbers
 
 
-def _print(own: Answers, base: Answers | None, request: Request) -> None:
+def _print(metrics: dict[str, Any]) -> None:
     """Tables for people."""
-    if own.probes is not None:
-        say(rates_table(own.probes, None if base is None else base.probes))
-    for name, measures in own.measures.items():
-        drawn = f" (at most {request.limit} of each file)" if request.limit else ""
+    base, apart = metrics.get("base"), metrics.get("difference")
+    if metrics["summary"] is not None:
+        say(rates_table(metrics["summary"], base and base["summary"]))
+    for name, measures in metrics["benchmarks"].items():
+        drawn = f" (at most {metrics['limit']} of each file)" if metrics["limit"] else ""
         say(f"{name}{drawn}")
-        say(measures_table(measures, None if base is None else base.measures[name]))
+        say(measures_table(measures, base and base["benchmarks"][name], apart and apart[name]))

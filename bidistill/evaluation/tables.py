@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bidistill.evaluation.measures import ARROWS, Measure
-
 
 def rates_table(summary: dict[str, Any], base: dict[str, Any] | None = None) -> str:
     """Rates of probes, with counts and intervals, and those of a base model beside them."""
@@ -20,30 +18,28 @@ def rates_table(summary: dict[str, Any], base: dict[str, Any] | None = None) -> 
 
 
 def measures_table(
-    measures: Mapping[str, Measure], base: Mapping[str, Measure] | None = None
+    measures: Mapping[str, Any],
+    base: Mapping[str, Any] | None = None,
+    difference: Mapping[str, Any] | None = None,
 ) -> str:
-    """Measures with interval, count, direction and ideal; with a base model, the paired difference.
+    """Summaries of measures, one a line; of two models also those of the other and the difference.
 
     The arrow says which way is better: lower, higher, or towards the ideal.
     """
     width = max(map(len, measures), default=0) + 2
-    return "\n".join(
-        _row(name, measure, width, None if base is None else base[name])
-        for name, measure in measures.items()
-    )
-
-
-def _row(name: str, measure: Measure, width: int, base: Measure | None) -> str:
-    start = f"  {name:{width}}{ARROWS[measure.meaning.good]} "
-    if measure.value is None:
-        return f"{start}not measured: {measure.why}"
-    interval = _interval(measure.interval())
-    row = f"{start}{_number(measure.value)} {interval:20} n={len(measure.ids):<5}"
-    if base is not None and base.value is not None:
-        apart = measure.difference(base)
-        row += f" base {_number(base.value)}  difference {_number(apart['value'], '+')} "
-        row += _interval(apart["ci95"])
-    return row.rstrip()
+    lines = []
+    for name, one in measures.items():
+        line = f"  {name:{width}}{one['arrow']} "
+        if one["value"] is None:
+            lines.append(f"{line}not measured: {one['note']}")
+            continue
+        line += f"{_number(one['value'])} {_interval(one['ci95']):20} n={one['n']:<5}"
+        if base is not None and difference is not None:
+            apart = difference[name]
+            line += f" base {_number(base[name]['value'])}  difference "
+            line += f"{_number(apart['value'], '+')} {_interval(apart['ci95'])}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
 
 
 def _rates(summary: dict[str, Any]) -> list[tuple[str, float | None, int, Any]]:

@@ -12,7 +12,10 @@ from bidistill.errors import UserError
 from bidistill.evaluation.asking import Asker
 from bidistill.evaluation.benchmarks.choice import Choice
 from bidistill.evaluation.benchmarks.entries import Draw
+from bidistill.evaluation.benchmarks.muse import Muse
 from bidistill.evaluation.benchmarks.qa import QA
+from bidistill.evaluation.benchmarks.rwku import Rwku
+from bidistill.evaluation.benchmarks.text import Text
 from bidistill.evaluation.benchmarks.tofu import Tofu
 from bidistill.evaluation.benchmarks.xstest import XSTest
 from bidistill.evaluation.measures import Item, Measure
@@ -34,7 +37,7 @@ class Benchmark(Protocol):
         ...
 
 
-KINDS: dict[str, Any] = {kind.name: kind for kind in (Tofu, Choice, XSTest, QA)}
+KINDS: dict[str, Any] = {kind.name: kind for kind in (Tofu, Muse, Choice, Rwku, XSTest, QA, Text)}
 
 
 def read_all(given: Sequence[str], draw: Draw) -> list[Benchmark]:
@@ -76,6 +79,8 @@ def _guess(path: Path) -> str:
         return "tofu"
     if fields >= {"prompt", "label", "type"}:
         return "xstest"
+    if fields >= {"query", "answer", "level"}:
+        return "rwku"
     item = recognise(row).item(row)
     if item is None:
         raise _unclear(path, "a blank first entry")
@@ -83,12 +88,16 @@ def _guess(path: Path) -> str:
         return "choice"
     if item.question is not None and item.answer is not None:
         return "qa"
+    if item.text is not None:
+        return "text"
     raise _unclear(path, f"entries with {', '.join(map(repr, list(fields)[:6]))}")
 
 
 def _guess_folder(path: Path) -> str:
     if any(path.glob("*_perturbed.json*")):
         return "tofu"
+    if any((path / name).is_dir() for name in ("verbmem", "knowmem", "privleak")):
+        return "muse"
     if (path / "test").is_dir():
         return "choice"
     raise _unclear(path, "a folder of no benchmark's layout")
