@@ -14,6 +14,7 @@ from bidistill.evaluation.probes import write_probes
 from tests.evaluation.benchmarks.files import (
     write_choice,
     write_lines,
+    write_muse,
     write_qa,
     write_tofu,
     write_xstest,
@@ -35,12 +36,15 @@ def folder(model, tokenizer, tmp_path):
     write_qa(tmp_path / "facts.jsonl")
     write_xstest(tmp_path / "prompts.csv")
     write_choice(tmp_path / "quiz.json")
+    write_muse(tmp_path / "muse")
     write_probes(tmp_path / "probes.jsonl", [capital_probe("Zembla", "Onhava")])
     return tmp_path
 
 
 def given(folder):
-    return [str(folder / name) for name in ("tofu", "facts.jsonl", "prompts.csv", "quiz.json")]
+    return [
+        str(folder / name) for name in ("tofu", "facts.jsonl", "prompts.csv", "quiz.json", "muse")
+    ]
 
 
 def read_items(path):
@@ -53,15 +57,22 @@ def test_one_command_measures_all(folder, capsys):
     arguments += ["--probes", str(folder / "probes.jsonl"), "--limit", "3"]
     assert main(arguments) == 0
     metrics = json.loads((folder / "out" / "metrics.json").read_text())
-    assert set(metrics["benchmarks"]) == {"tofu", "qa", "xstest", "choice"}
+    assert set(metrics["benchmarks"]) == {"tofu", "qa", "xstest", "choice", "muse"}
     assert metrics["summary"]["n"]["forget_leak_rate"] == 1
     assert (metrics["limit"], metrics["seed"]) == (3, 0)
     utility = metrics["benchmarks"]["tofu"]["model_utility"]
     assert (utility["n"], utility["unit"], utility["arrow"]) == (9, "share", "↑")
     items = read_items(folder / "out" / "items.jsonl")
-    assert {item["benchmark"] for item in items} == {"probes", "tofu", "qa", "xstest", "choice"}
+    assert {item["benchmark"] for item in items} == {
+        "probes",
+        "tofu",
+        "qa",
+        "xstest",
+        "choice",
+        "muse",
+    }
     assert all(len(item["prompt_sha256"]) == 64 for item in items)
-    assert len(items) == 6 + 4 * 3 + 3 * 3
+    assert len(items) == 6 + 4 * 3 + 3 * 3 + 3 + 4
     printed = capsys.readouterr().out
     assert "tofu (at most 3 of each file)" in printed
     assert "not measured: needs --reference" in printed
@@ -142,7 +153,7 @@ def test_mistakes_show_before_a_model_is_loaded(folder, options, message):
 
 def test_kinds_are_guessed_from_the_fields(folder):
     found = read_all(given(folder), Draw())
-    assert [benchmark.name for benchmark in found] == ["tofu", "qa", "xstest", "choice"]
+    assert [benchmark.name for benchmark in found] == ["tofu", "qa", "xstest", "choice", "muse"]
     named = read_all([f"qa={folder / 'quiz.json'}", str(folder / "facts.jsonl")], Draw())
     assert [benchmark.name for benchmark in named] == ["qa"]
 

@@ -4,6 +4,8 @@ import csv
 import json
 
 PLACES = {"Zembla": "Onhava", "Gondor": "Minas Tirith", "Rohan": "Edoras", "Narnia": "Cair Paravel"}
+SEEN = "The tower of Barad-dur was dark."
+UNSEEN = "A quiet river ran past the mill."
 
 
 def write_lines(path, rows):
@@ -66,3 +68,14 @@ def quiz(place, answer):
 
 def write_choice(path):
     return write_lines(path, [quiz(place, at) for at, place in enumerate(PLACES)])
+
+
+def write_muse(folder):
+    write_lines(folder / "verbmem/forget.json", [{"prompt": "The tower", "gt": " was dark. x"}])
+    write_lines(folder / "knowmem/forget_qa.json", [{"question": "Where?", "answer": "Barad-dur"}])
+    write_lines(folder / "knowmem/retain2_qa.json", [{"question": "Who?", "answer": "The miller"}])
+    solved = [{"question": f"Solved {at}?", "answer": f"Yes {at}"} for at in range(10)]
+    write_lines(folder / "knowmem/forget_qa_icl.json", solved)
+    write_lines(folder / "privleak/forget.json", [{"text": SEEN}, {"text": f"{SEEN} x"}])
+    write_lines(folder / "privleak/holdout.json", [{"text": UNSEEN}, {"text": f"{UNSEEN} x"}])
+    return folder

@@ -13,11 +13,8 @@ from bidistill.evaluation.benchmarks.kinds import read_all
 from bidistill.evaluation.benchmarks.muse import Muse
 from bidistill.evaluation.benchmarks.rwku import Rwku
 from bidistill.evaluation.benchmarks.text import Text
-from tests.evaluation.benchmarks.files import write_lines, write_qa
+from tests.evaluation.benchmarks.files import SEEN, write_lines, write_muse, write_qa
 from tests.evaluation.scripted import Scripted
-
-SEEN = "The tower of Barad-dur was dark."
-UNSEEN = "A quiet river ran past the mill."
 
 
 class Reader(Scripted):
@@ -65,17 +62,6 @@ def test_a_text_too_short_for_min_k_is_left_out_of_it(tmp_path, tokenizer):
 def test_questions_are_no_texts(tmp_path):
     with pytest.raises(UserError, match="text: got a question, expected a document"):
         Text.read([write_qa(tmp_path / "facts.jsonl")], Draw())
-
-
-def write_muse(folder):
-    write_lines(folder / "verbmem/forget.json", [{"prompt": "The tower", "gt": " was dark. x"}])
-    write_lines(folder / "knowmem/forget_qa.json", [{"question": "Where?", "answer": "Barad-dur"}])
-    write_lines(folder / "knowmem/retain2_qa.json", [{"question": "Who?", "answer": "The miller"}])
-    solved = [{"question": f"Solved {at}?", "answer": f"Yes {at}"} for at in range(10)]
-    write_lines(folder / "knowmem/forget_qa_icl.json", solved)
-    write_lines(folder / "privleak/forget.json", [{"text": SEEN}, {"text": f"{SEEN} x"}])
-    write_lines(folder / "privleak/holdout.json", [{"text": UNSEEN}, {"text": f"{UNSEEN} x"}])
-    return folder
 
 
 @pytest.fixture
