@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from bidistill.about import commit, versions
 from bidistill.errors import UserError
 from bidistill.evaluation.asking import Asker
-from bidistill.evaluation.axes import evaluate
+from bidistill.evaluation.axes import ATTACKED, evaluate, outcomes
 from bidistill.evaluation.benchmarks.entries import Draw
 from bidistill.evaluation.benchmarks.kinds import Benchmark, read_all
 from bidistill.evaluation.benchmarks.reference import HOW, read_reference
-from bidistill.evaluation.measures import Item, Measure
+from bidistill.evaluation.measures import Item, Meaning, Measure, mean_of
 from bidistill.evaluation.probes import Probe, read_probes
 from bidistill.evaluation.tables import measures_table, rates_table
 from bidistill.files import write_json
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 COMPARING = ("forget_quality", "privleak")
 """Measures that compare with a retrained model."""
+PROBED = Meaning(unit="share of probes", ideal="see bidistill.evaluation.axes", good="ideal")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,14 +211,31 @@ def _numbers(own: Answers, base: Answers | None) -> dict[str, Any]:
             name: {key: m.difference(base.measures[name][key]) for key, m in measures.items()}
             for name, measures in own.measures.items()
         }
+        if own.probes is not None:
+            numbers["difference"]["probes"] = _probes_apart(own.items, base.items)
     return numbers
+
+
+def _probes_apart(own: Sequence[Item], base: Sequence[Item]) -> dict[str, Any]:
+    """Differences of the rates of probes, probe by probe; the worst depth may be another one."""
+    ours, theirs = (_probe_measures(items) for items in (own, base))
+    return {name: measure.difference(theirs[name]) for name, measure in ours.items()}
+
+
+def _probe_measures(items: Sequence[Item]) -> dict[str, Measure]:
+    said = outcomes(item for item in items if item["benchmark"] == "probes")
+    said |= {f"{ATTACKED}.{depth}": at for depth, at in said.pop(ATTACKED).items()}
+    return {
+        name: mean_of(PROBED, [{"id": i, "scores": {"so": so}} for i, so in at.items()], "so")
+        for name, at in said.items()
+    }
 
 
 def _print(metrics: dict[str, Any]) -> None:
     """Tables for people."""
     base, apart = metrics.get("base"), metrics.get("difference")
     if metrics["summary"] is not None:
-        say(rates_table(metrics["summary"], base and base["summary"]))
+        say(rates_table(metrics["summary"], base and base["summary"], apart and apart["probes"]))
     for name, measures in metrics["benchmarks"].items():
         drawn = f" (at most {metrics['limit']} of each file)" if metrics["limit"] else ""
         say(f"{name}{drawn}")

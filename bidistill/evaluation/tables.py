@@ -4,16 +4,28 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def rates_table(summary: dict[str, Any], base: dict[str, Any] | None = None) -> str:
-    """Rates of probes, with counts and intervals, and those of a base model beside them."""
+def rates_table(
+    summary: dict[str, Any],
+    base: dict[str, Any] | None = None,
+    difference: Mapping[str, Any] | None = None,
+) -> str:
+    """Rates of probes, with counts and intervals; and those of another model, and the difference.
+
+    The worst depth has no difference: it may be another depth of the other model.
+    """
     others = {} if base is None else {name: rate for name, rate, *_ in _rates(base)}
     rows = []
     for name, rate, count, interval in _rates(summary):
-        if rate is not None:
-            low, high = interval
-            row = f"{name:26}{rate:7.1%}  n={count:<5}[{low:.1%}, {high:.1%}]"
-            other = others.get(name)
-            rows.append(row if other is None else f"{row}  base {other:.1%}")
+        if rate is None:
+            continue
+        low, high = interval
+        row = f"{name:26}{rate:7.1%}  n={count:<5}[{low:.1%}, {high:.1%}]"
+        if name in others:
+            row = f"{row:60}base {others[name]:.1%}"
+        if apart := (difference or {}).get(name):
+            row += f"  difference {apart['value']:+.1%}"
+            row += f" [{apart['ci95'][0]:+.1%}, {apart['ci95'][1]:+.1%}]" if apart["ci95"] else ""
+        rows.append(row)
     return "\n".join(rows)
 
 

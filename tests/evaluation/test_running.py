@@ -8,6 +8,8 @@ import torch
 from bidistill import evaluation
 from bidistill.cli import main
 from bidistill.errors import UserError
+from bidistill.evaluation import running
+from bidistill.evaluation.axes import judge
 from bidistill.evaluation.benchmarks.entries import Draw
 from bidistill.evaluation.benchmarks.kinds import read_all
 from bidistill.evaluation.probes import write_probes
@@ -97,9 +99,31 @@ def test_against_a_base_model_items_are_paired(folder, capsys):
     ids = [[i["id"] for i in read_items(folder / "out" / f"{name}.jsonl")] for name in
            ("items", "items_against")]  # fmt: skip
     assert ids[0] == ids[1]
+    leaks = said["difference"]["probes"]
+    assert leaks["forget_leak_rate"] == {"value": 0, "ci95": None}  # of one probe
+    assert set(leaks) >= {"prefill_leak_rate.4", "prefill_leak_rate.opener", "empty_rate"}
     printed = capsys.readouterr().out
-    assert printed.count("  difference ") == len(own)
+    assert printed.count("  difference ") == len(own) + sum(
+        apart["value"] is not None for apart in leaks.values()
+    )
     assert "base 0.0%" in printed
+
+
+def test_rates_of_probes_differ_probe_by_probe():
+    probes = [capital_probe(place, "Ur") for place in ("Zembla", "Gondor", "Rohan")]
+
+    def items(*leaks):
+        said = zip(probes, leaks, strict=True)
+        return [
+            {"benchmark": "probes", **judge(p, 0, "", "Ur" if leak else "")} for p, leak in said
+        ]
+
+    own, base = items(True, False, False), items(True, True, True)
+    apart = running._probes_apart(own, base)
+    assert apart["forget_leak_rate"]["value"] == pytest.approx(-2 / 3)
+    assert apart["forget_leak_rate"]["ci95"] == pytest.approx([-1, 0])
+    assert apart["empty_rate"]["value"] == pytest.approx(2 / 3)
+    assert apart["retain_accuracy"] == {"value": None, "ci95": None}
 
 
 def test_against_itself_nothing_differs(folder):
