@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bidistill.errors import UserError
+from bidistill.evaluation.axes import Rate
 from bidistill.evaluation.metrics.statistics import LEVEL, mean_over_items
 
 Item = dict[str, Any]
@@ -34,6 +35,8 @@ class Meaning:
     """The best value, or whose value it is."""
     good: Literal["low", "high", "ideal"]
     """Whether lower or higher is better, or nearer to the ideal."""
+    share: bool = False
+    """Of yes and no: the interval is Wilson's, since a bootstrap of no hit at all has no width."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +61,10 @@ class Measure:
         return self._of(self.sets) if self.sets else None
 
     def summary(self) -> dict[str, Any]:
-        """For ``metrics.json``: value, n, ci95, unit, ideal, arrow, and a note if there is one."""
+        """For ``metrics.json``: value, n, ci95, unit, ideal, arrow, and a note if there is one.
+
+        ``ci95`` is a bootstrap over items, of shares of yes and no Wilson's interval.
+        """
         note = {"note": self.why} if self.why else {}
         return {
             "value": self.value,
@@ -71,7 +77,9 @@ class Measure:
         }
 
     def interval(self) -> list[float] | None:
-        """The 95 % bootstrap interval over items; None where there is none."""
+        """The 95 % interval; None where there is none."""
+        if self.sets and self.meaning.share:
+            return Rate(int(self.sets[0].sum()), len(self.sets[0])).interval()
         if not self._can_resample():
             return None
         if self.statistic is None:

@@ -78,13 +78,13 @@ def text_spans(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> li
 
 
 def prompt_sha256(ids: Sequence[int]) -> str:
-    """Fingerprint of a prompt: SHA-256 of its token ids, in decimal with commas between.
+    """Fingerprint of a prompt: SHA-256 of its token ids, each as 32 bits, little-endian.
 
     Example:
-        >>> prompt_sha256([1, 2])[:8]  # printf 1,2 | sha256sum
-        '17f8af97'
+        >>> prompt_sha256([1, 2])[:8]
+        '34fb5c82'
     """
-    return sha256(",".join(map(str, ids)).encode()).hexdigest()
+    return sha256(b"".join(token.to_bytes(4, "little") for token in ids)).hexdigest()
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:

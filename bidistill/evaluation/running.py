@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bidistill.about import commit, versions
 from bidistill.errors import UserError
@@ -27,16 +27,15 @@ from bidistill.evaluation.measures import Item, Meaning, Measure, mean_of
 from bidistill.evaluation.probes import Probe, read_probes
 from bidistill.evaluation.tables import measures_table, rates_table
 from bidistill.files import write_json
-from bidistill.loading import load_base, load_tokenizer
+from bidistill.loading import load_tokenizer
 from bidistill.progress import say
 from bidistill.world import World, join
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 COMPARING = ("forget_quality", "privleak")
 """Measures that compare with a retrained model."""
-PROBED = Meaning(unit="share of probes", ideal="see bidistill.evaluation.axes", good="ideal")
+PROBED = Meaning(
+    unit="share of probes", share=True, ideal="see bidistill.evaluation.axes", good="ideal"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +83,7 @@ def evaluate_request(request: Request, out_dir: Path) -> dict[str, Any]:
     Raises:
         UserError: something cannot be read, or a measure that is required cannot be made.
     """
-    # write_items is of the package, which imports this when it runs
+    # of the package, which imports this when it runs
     from bidistill.evaluation import write_items
 
     start = time.monotonic()
@@ -137,7 +136,9 @@ def read_questions(request: Request) -> Questions:
 
 def _answers(model_dir: Path, adapter: Path | None, questions: Questions, world: World) -> Answers:
     """Load a model, ask it everything, and let go of it."""
-    model, tokenizer = load(model_dir, adapter), load_tokenizer(model_dir)
+    from bidistill.evaluation import _load
+
+    model, tokenizer = _load(model_dir, adapter), load_tokenizer(model_dir)
     answers = Answers()
     if questions.probes:
         answers.probes, items = evaluate(
@@ -152,25 +153,6 @@ def _answers(model_dir: Path, adapter: Path | None, questions: Questions, world:
     del model, asker
     gc.collect()  # before the next one is loaded
     return answers
-
-
-def load(model_dir: Path, adapter: Path | None) -> "PreTrainedModel":
-    """The model on the accelerator, if there is one, with its adapter.
-
-    Raises:
-        UserError: one of them cannot be loaded.
-    """
-    model = load_base(model_dir)
-    if adapter is None:
-        return model
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise UserError(
-            f"adapter: got {adapter}, expected a folder with adapter_model.safetensors; "
-            "give the folder that training saved"
-        )
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, adapter)  # type: ignore
 
 
 def _metrics(request: Request, own: Answers, base: Answers | None, start: float) -> dict[str, Any]:

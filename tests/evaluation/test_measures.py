@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bidistill.errors import UserError
+from bidistill.evaluation.axes import Rate
 from bidistill.evaluation.measures import Meaning, mean_of, missing, statistic_of
 from bidistill.evaluation.metrics.statistics import mean_over_items
 
@@ -26,6 +27,14 @@ def test_a_mean_with_its_interval():
         "ideal": 1.0,
         "arrow": "↑",
     }
+
+
+def test_a_share_has_an_interval_even_without_a_hit():
+    share = Meaning(unit="share of items", ideal=0.0, good="low", share=True)
+    assert mean_of(share, items(0.0, 0.0, 0.0), "s").interval() == Rate(0, 3).interval()
+    assert mean_of(share, items(1.0), "s").interval() == Rate(1, 1).interval()
+    base = mean_of(share, items(1.0, 0.0, 0.0), "s")
+    assert mean_of(share, items(0.0, 0.0, 0.0), "s").difference(base)["ci95"] == [-1, 0]
 
 
 def test_items_without_a_score_are_left_out_and_counted():

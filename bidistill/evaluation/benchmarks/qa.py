@@ -28,10 +28,12 @@ MEANINGS = {
     "rouge": Meaning(unit="share of words", ideal=RETRAINED, good="ideal"),
     "exact_memorisation": Meaning(unit="share of tokens", ideal=RETRAINED, good="ideal"),
     "extraction_strength": Meaning(unit="share of tokens", ideal=RETRAINED, good="ideal"),
-    "leak": Meaning(unit="share of items", ideal="0 if to be forgotten, 1 if kept", good="ideal"),
-    "refusal": Meaning(unit="share of items", ideal="0 of what is kept", good="ideal"),
-    "empty": Meaning(unit="share of items", ideal=0.0, good="low"),
-    "gibberish": Meaning(unit="share of items", ideal=0.0, good="low"),
+    "leak": Meaning(
+        unit="share of items", share=True, ideal="0 if to be forgotten, 1 if kept", good="ideal"
+    ),
+    "refusal": Meaning(unit="share of items", share=True, ideal="0 of what is kept", good="ideal"),
+    "empty": Meaning(unit="share of items", share=True, ideal=0.0, good="low"),
+    "gibberish": Meaning(unit="share of items", share=True, ideal=0.0, good="low"),
 }
 PERPLEXITY = Meaning(
     unit="equally likely tokens",

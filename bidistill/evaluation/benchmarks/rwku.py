@@ -21,8 +21,8 @@ ROUGE = Meaning(
     good="ideal",
 )
 FLUENCY = Meaning(unit="bits", ideal="that of the model before", good="high")
-REFUSAL = Meaning(unit="share of items", ideal="0 of what is kept", good="ideal")
-BROKEN = Meaning(unit="share of items", ideal=0.0, good="low")
+REFUSAL = Meaning(unit="share of items", share=True, ideal="0 of what is kept", good="ideal")
+BROKEN = Meaning(unit="share of items", share=True, ideal=0.0, good="low")
 PROBE_SCORES = {"rouge": ROUGE, "refusal": REFUSAL, "empty": BROKEN, "gibberish": BROKEN}
 
 

@@ -20,10 +20,10 @@ REPLY_TOKENS = 64
 LABELS = ("safe", "unsafe")
 
 REFUSAL = {
-    "safe": Meaning(unit="share of prompts", ideal=0.0, good="low"),
-    "unsafe": Meaning(unit="share of prompts", ideal=1.0, good="high"),
+    "safe": Meaning(unit="share of prompts", share=True, ideal=0.0, good="low"),
+    "unsafe": Meaning(unit="share of prompts", share=True, ideal=1.0, good="high"),
 }
-BROKEN = Meaning(unit="share of prompts", ideal=0.0, good="low")
+BROKEN = Meaning(unit="share of prompts", share=True, ideal=0.0, good="low")
 
 
 @dataclass(frozen=True, slots=True)
