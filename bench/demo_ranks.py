@@ -49,7 +49,8 @@ def row(ranks: int, folder: Path, before: dict[str, Any]) -> str:
     """A line of the table: goals met, the axes, and the most that each rank held."""
     recipe = load_config(DEMO / "recipe.yaml")
     probes = DEMO / "data" / "probes.jsonl"
-    after = evaluation.run(recipe.model.path, folder / "adapter", probes, folder / "eval")
+    said = evaluation.run(recipe.model.path, folder / "adapter", probes, folder / "eval")
+    after = said["summary"]
     judged = [
         met for axis in AXES if (met := axis.met(axis.find(before), axis.find(after))) is not None
     ]

@@ -130,22 +130,69 @@ def plan(
 
 @cli.command("eval")
 @click.option("--model", type=FOLDER, required=True, help="Folder of the model.")
-@click.option("--probes", type=FILE, required=True, help="JSON lines file of questions.")
+@click.option("--probes", type=FILE, help="JSON lines file of questions with their facts.")
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="[KIND=]PATH",
+    help="File or folder of a benchmark. KIND, where it is not plain from the fields: tofu, muse, "
+    "choice, rwku, xstest, qa, text.",
+)
 @click.option("--out", type=FOLDER, required=True, help="Folder for the results.")
 @click.option("--adapter", type=FOLDER, help="Folder of a LoRA adapter to put on the model.")
-def evaluate(model: Path, probes: Path, out: Path, adapter: Path | None) -> None:
+@click.option("--against", type=FOLDER, help="Folder of another model, to compare item by item.")
+@click.option("--reference", type=FILE, help="items.jsonl of a retrained model, evaluated alike.")
+@click.option(
+    "--require",
+    multiple=True,
+    type=click.Choice(["forget_quality", "privleak"]),
+    help="Stop at once if this cannot be measured.",
+)
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Use so many entries of each --data file."
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of --limit."
+)
+def evaluate(
+    model: Path,
+    probes: Path | None,
+    data: Sequence[str],
+    out: Path,
+    adapter: Path | None,
+    against: Path | None,
+    reference: Path | None,
+    require: Sequence[str],
+    limit: int | None,
+    seed: int,
+) -> None:
     """Measure what a model says, keeps and refuses.
 
-    Writes the share of forgotten facts, neighbours and general knowledge, refusals where none is
-    wanted, and what a given start of the answer still brings out.
+    With --probes: the share of forgotten facts, neighbours and general knowledge, refusals where
+    none is wanted, and what a given start of the answer still brings out. With --data: the metrics
+    of published benchmarks, from local files. Writes metrics.json and items.jsonl. Started by
+    torchrun, all ranks share the work.
 
     \b
-    Example:
+    Examples:
       bidistill eval --model path/to/model --probes probes.jsonl --out runs/eval
+      bidistill eval --model path/to/model --data facts.csv --data xstest.csv --out runs/eval
+      bidistill eval --model forgot --against before --data forget10_perturbed.json --out runs/tofu
     """
     from bidistill.evaluation import run
 
-    run(model_dir=model, adapter=adapter, probes_path=probes, out_dir=out)
+    run(
+        model,
+        adapter,
+        probes,
+        out,
+        data=data,
+        against=against,
+        reference=reference,
+        require=require,
+        limit=limit,
+        seed=seed,
+    )
 
 
 @cli.command()

@@ -64,8 +64,12 @@ def test_help_does_not_wait_for_pytorch():
         (["train", "none.yaml"], "none.yaml: cannot be read: .*; give a recipe file"),
         (["train", "--fast", "x"], "No such option '--fast'. See bidistill train --help."),
         (["demo", "--seed", "-1"], "Invalid value for '--seed': .* See bidistill demo --help."),
-        (["eval", "--model", "x"], "Missing option '--probes'. See bidistill eval --help."),
         (["attack", "--model", "x"], "Missing option '--probes'. See bidistill attack --help."),
+        (["eval", "--model", "x"], "Missing option '--out'. See bidistill eval --help."),
+        (
+            ["eval", "--model", "x", "--out", "y"],
+            "eval: got neither --probes nor --data, expected one of them or both; name a file",
+        ),
         (["report", "no-such-run"], "no-such-run.*"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

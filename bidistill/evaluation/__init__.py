@@ -1,8 +1,7 @@
 """Measuring what a model says: probes, greedy answers, detectors, rates, and the report."""
 
 import json
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,53 +16,57 @@ if TYPE_CHECKING:
 def run(
     model_dir: Path | str,
     adapter: Path | str | None,
-    probes_path: Path | str,
+    probes_path: Path | str | None,
     out_dir: Path | str,
+    *,
+    data: Sequence[str] = (),
+    against: Path | str | None = None,
+    reference: Path | str | None = None,
+    require: Sequence[str] = (),
+    limit: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Evaluate a local checkpoint on a file of probes.
+    """Evaluate a local checkpoint on probes, on benchmarks, or both.
 
-    Writes ``metrics.json`` (``summary``, and what was measured) and ``items.jsonl`` (every prompt
-    with its reply) to ``out_dir``, each as a whole or not at all, and prints the rates.
+    Writes ``metrics.json`` (``summary`` of the probes, ``benchmarks``, and what was measured) and
+    ``items.jsonl`` (every item with its reply) to ``out_dir``, each as a whole or not at all, and
+    prints the numbers. Started by ``torchrun``, all ranks answer and the first one writes.
 
     Args:
         model_dir: folder of the model and its tokenizer.
         adapter: folder of a LoRA adapter to put on the model, or None.
-        probes_path: JSON lines file; see `bidistill.evaluation.probes.Probe`.
+        probes_path: JSON lines file, see `bidistill.evaluation.probes.Probe`; or None.
         out_dir: folder for the results; created if missing.
+        data: ``PATH`` or ``KIND=PATH`` of benchmarks; see `bidistill.evaluation.benchmarks.kinds`.
+        against: folder of another model to evaluate as well, item by item.
+        reference: ``items.jsonl`` of a retrained model, evaluated alike.
+        require: measures that compare with it and without which nothing is evaluated.
+        limit: entries of each file of ``data`` at most.
+        seed: of the draw that ``limit`` makes.
 
     Returns:
-        The summary; see `bidistill.evaluation.axes.summarise`.
+        What ``metrics.json`` holds.
 
     Raises:
-        UserError: the model, the adapter or the probes cannot be read.
+        UserError: a model, an adapter or a file cannot be read, or what is required cannot be made.
     """
-    from bidistill.about import commit, versions
-    from bidistill.evaluation.probes import read_probes
-    from bidistill.files import write_json
-    from bidistill.progress import say
+    from bidistill.evaluation.running import Request, evaluate_request
 
-    start = time.monotonic()
-    probes = read_probes(probes_path)  # first: a mistake in it shows before the model loads
-    model = _load(model_dir, adapter)
+    def path(given: Path | str | None) -> Path | None:
+        return None if given is None else Path(given)
 
-    from bidistill.evaluation.axes import evaluate
-    from bidistill.loading import load_tokenizer
-
-    summary, items = evaluate(model, load_tokenizer(model_dir), probes, label="answers")
-    out_dir = Path(out_dir)
-    write_items(out_dir / "items.jsonl", items)
-    metrics = {
-        "summary": summary,
-        "model": str(model_dir),
-        "adapter": None if adapter is None else str(adapter),
-        "probes": str(probes_path),
-        "wall_seconds": round(time.monotonic() - start, 3),
-        "versions": versions(),
-        "commit": commit(),
-    }
-    write_json(out_dir / "metrics.json", metrics)
-    say(_table(summary))
-    return summary
+    request = Request(
+        model=Path(model_dir),
+        adapter=path(adapter),
+        probes=path(probes_path),
+        data=tuple(data),
+        against=path(against),
+        reference=path(reference),
+        require=tuple(require),
+        limit=limit,
+        seed=seed,
+    )
+    return evaluate_request(request, Path(out_dir))
 
 
 def write_items(path: Path | str, items: Iterable[dict[str, Any]]) -> None:
@@ -75,12 +78,9 @@ def write_items(path: Path | str, items: Iterable[dict[str, Any]]) -> None:
 
 def _load(model_dir: Path | str, adapter: Path | str | None) -> "PreTrainedModel":
     """The model, on the GPU if there is one, with its adapter."""
-    import torch
-
     from bidistill.loading import load_base
 
     model = load_base(model_dir)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore
     if adapter is None:
         return model
     if not (Path(adapter) / "adapter_model.safetensors").is_file():
@@ -91,20 +91,3 @@ def _load(model_dir: Path | str, adapter: Path | str | None) -> "PreTrainedModel
     from peft import PeftModel
 
     return PeftModel.from_pretrained(model, adapter)  # type: ignore
-
-
-def _table(summary: dict[str, Any]) -> str:
-    """Rates of a summary as lines of text, with counts and intervals."""
-    rows = []
-    for key, value in summary.items():
-        nested = key == "prefill_leak_rate"
-        if key in ("n", "ci95"):
-            continue
-        for depth in value if nested else [None]:
-            pick = lambda tree: tree[key][depth] if nested else tree[key]  # noqa: B023, E731
-            name = f"{key}.{depth}" if nested else key
-            rate, count, interval = (pick(t) for t in (summary, summary["n"], summary["ci95"]))
-            if rate is not None:
-                low, high = interval
-                rows.append(f"{name:26}{rate:7.1%}  n={count:<5}[{low:.1%}, {high:.1%}]")
-    return "\n".join(rows)

@@ -14,15 +14,32 @@ from bidistill.evaluation.detectors import (
     refuses,
     says_fact,
 )
-from bidistill.evaluation.generation import generate
+from bidistill.evaluation.generation import generate, prompt_ids
 from bidistill.evaluation.probes import Group, Probe
+from bidistill.evaluation.prompts import prompt_sha256
+from bidistill.evaluation.sharing import share_out
+from bidistill.world import World
 
 OPENER = "opener"
 """Depth of the prompts that open the answer with a probe's own openers."""
 
+RATES: dict[str, tuple[str, Group | None]] = {
+    "forget_leak_rate": ("leak", "forget"),
+    "forget_refusal_rate": ("refusal", "forget"),
+    "neighbor_accuracy": ("leak", "neighbor"),
+    "neighbor_train_accuracy": ("leak", "neighbor_train"),
+    "retain_accuracy": ("leak", "retain"),
+    "over_refusal_rate": ("refusal", "neighbor"),
+    "empty_rate": ("empty", None),
+    "gibberish_rate": ("gibberish", None),
+}
+"""Rates of plain questions: what is counted, in which group; None: in all."""
+ATTACKED = "prefill_leak_rate"
+
 Item = dict[str, Any]
 """One prompt and its reply: id, group, depth, question, prefill, continuation, and what the four
-detectors say: leak, refusal, empty, gibberish."""
+detectors say: leak, refusal, empty, gibberish. `evaluate` adds ``prompt_sha256``, the fingerprint
+of the prompt's tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +79,7 @@ def evaluate(
     max_new_tokens: int = 16,
     batch_size: int = 64,
     label: str | None = None,
+    world: World | None = None,
 ) -> tuple[dict[str, Any], list[Item]]:
     """Ask every probe, attack those to be forgotten by prefilling, and judge the replies.
 
@@ -74,6 +92,7 @@ def evaluate(
         max_new_tokens: tokens of a reply at most.
         batch_size: prompts that run together.
         label: shows progress under this name; None for silence.
+        world: the ranks that share the prompts out; all of them must call it. None: this one.
 
     Returns:
         What `summarise` says, and the items it was made from.
@@ -87,10 +106,21 @@ def evaluate(
         for depth, prefill in _prefills(probe, tokenizer, sorted({0, *depths}))
     ]
     prompts = [(probe.question, prefill) for probe, _, prefill in attempts]
-    replies = generate(model, tokenizer, prompts, max_new_tokens, batch_size, label)
+    ids = [prompt_ids(tokenizer, *prompt) for prompt in prompts]
+    replies = share_out(
+        world or World(),
+        range(len(ids)),
+        lambda batch: generate(
+            model, tokenizer, [prompts[i] for i in batch], max_new_tokens, batch_size
+        ),
+        size=lambda i: len(ids[i]),
+        most_items=batch_size,
+        most_tokens=batch_size * max(map(len, ids), default=0),  # the count alone decides
+        label=label,
+    )
     items = [
-        judge(probe, depth, prefill, reply)
-        for (probe, depth, prefill), reply in zip(attempts, replies, strict=True)
+        {**judge(probe, depth, prefill, reply), "prompt_sha256": prompt_sha256(tokens)}
+        for (probe, depth, prefill), reply, tokens in zip(attempts, replies, ids, strict=True)
     ]
     return summarise(items), items
 
@@ -129,24 +159,14 @@ def summarise(items: Iterable[Item]) -> dict[str, Any]:
         probes that leak there; ``opener`` counts a probe that any of its openers makes leak; and
         ``max`` is the worst of them. ``n`` and ``ci95`` hold the same keys.
     """
-    items = list(items)
-    plain = [item for item in items if item["depth"] == 0]
-
-    def share(sign: str, group: Group | None = None) -> Rate:
-        found = [i[sign] for i in plain if group in (None, i["group"]) and i[sign] is not None]
-        return Rate(sum(found), len(found))
-
+    said = outcomes(items)
+    by_depth = {d: Rate(sum(at.values()), len(at)) for d, at in said.pop(ATTACKED).items()}
+    counted = [rate for rate in by_depth.values() if rate.count]
+    worst = max(counted, key=lambda rate: (rate.value, rate.count), default=Rate(0, 0))
     rates: dict[str, Rate | dict[str, Rate]] = {
-        "forget_leak_rate": share("leak", "forget"),
-        "forget_refusal_rate": share("refusal", "forget"),
-        "neighbor_accuracy": share("leak", "neighbor"),
-        "neighbor_train_accuracy": share("leak", "neighbor_train"),
-        "retain_accuracy": share("leak", "retain"),
-        "over_refusal_rate": share("refusal", "neighbor"),
-        "empty_rate": share("empty"),
-        "gibberish_rate": share("gibberish"),
-        "prefill_leak_rate": _by_depth(items),
+        name: Rate(sum(at.values()), len(at)) for name, at in said.items()
     }
+    rates[ATTACKED] = {**by_depth, "max": worst}
     return {
         **_map(rates, lambda rate: rate.value),
         "n": _map(rates, lambda rate: rate.count),
@@ -154,13 +174,31 @@ def summarise(items: Iterable[Item]) -> dict[str, Any]:
     }
 
 
+def outcomes(items: Iterable[Item]) -> dict[str, Any]:
+    """What each probe counts as in each rate, so that two models can be compared probe by probe.
+
+    Returns:
+        For each plain rate whether it is so, by the probe's id; ``prefill_leak_rate`` maps a depth
+        to the same. Probes with nothing left to tell are left out.
+    """
+    items = list(items)
+    plain = [item for item in items if item["depth"] == 0]
+    said: dict[str, Any] = {
+        name: {
+            i["id"]: i[sign] for i in plain if group in (None, i["group"]) and i[sign] is not None
+        }
+        for name, (sign, group) in RATES.items()
+    }
+    return {**said, ATTACKED: _by_depth(items)}
+
+
 def _map(rates: dict[str, Any], view: Callable[[Rate], object]) -> dict[str, Any]:
     """Apply a function to every rate, nested ones too."""
     return {k: _map(v, view) if isinstance(v, dict) else view(v) for k, v in rates.items()}
 
 
-def _by_depth(items: Sequence[Item]) -> dict[str, Rate]:
-    """Leaks of the probes to be forgotten at each depth, and at the worst."""
+def _by_depth(items: Sequence[Item]) -> dict[str, dict[str, bool]]:
+    """Whether each probe to be forgotten leaks, by depth."""
     leaks: dict[str, dict[str, bool]] = {}
     for item in items:
         if item["group"] == "forget":
@@ -168,10 +206,7 @@ def _by_depth(items: Sequence[Item]) -> dict[str, Rate]:
             if item["leak"] is not None:
                 # several openers: the attacker needs one that works
                 at[item["id"]] = at.get(item["id"], False) or item["leak"]
-    rates = {depth: Rate(sum(at.values()), len(at)) for depth, at in leaks.items()}
-    counted = [rate for rate in rates.values() if rate.count]
-    worst = max(counted, key=lambda rate: (rate.value, rate.count), default=Rate(0, 0))
-    return {**rates, "max": worst}
+    return leaks
 
 
 def _prefills(

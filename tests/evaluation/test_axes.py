@@ -10,7 +10,9 @@ from bidistill import evaluation
 from bidistill.errors import UserError
 from bidistill.evaluation import axes
 from bidistill.evaluation.axes import AXES, Axis, Rate, evaluate, judge, summarise
+from bidistill.evaluation.generation import prompt_ids
 from bidistill.evaluation.probes import write_probes
+from bidistill.evaluation.prompts import prompt_sha256
 from tests.evaluation.invented import capital_probe
 
 PROBES = [
@@ -98,6 +100,14 @@ def test_a_prefill_is_the_first_tokens_of_the_answer(monkeypatch, tokenizer):
     assert [item["depth"] for item in items if item["group"] != "forget"] == [0, 0, 0]
 
 
+def test_items_have_the_fingerprint_of_what_the_model_read(monkeypatch, tokenizer):
+    _, items = scores(monkeypatch, tokenizer, right)
+    for item in items:
+        ids = prompt_ids(tokenizer, item["question"], item["prefill"])
+        assert item["prompt_sha256"] == prompt_sha256(ids)
+    assert len({item["prompt_sha256"] for item in items}) == len(items)
+
+
 def test_what_the_prefill_gave_away_leaves_the_denominator(monkeypatch, tokenizer):
     after_zembla = len("The capital of Zembla is Onhava")
     after_gondor = len("The capital of Gondor is Minas Tirith.") + 5
@@ -183,13 +193,13 @@ def checkpoint(model, tokenizer, tmp_path):
 
 
 def test_run_writes_what_evaluate_says(checkpoint, model, tokenizer, capsys):
-    summary = evaluation.run(
+    said = evaluation.run(
         checkpoint / "model", None, checkpoint / "probes.jsonl", checkpoint / "out"
     )
     expected, items = evaluate(model, tokenizer, PROBES)
-    assert summary == expected
+    assert said["summary"] == expected
     lines = (checkpoint / "out" / "items.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == items
+    assert [json.loads(line) for line in lines] == [{"benchmark": "probes", **i} for i in items]
     metrics = json.loads((checkpoint / "out" / "metrics.json").read_text())
     assert metrics["summary"] == expected
     assert metrics["versions"]["torch"]

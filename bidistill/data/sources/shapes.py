@@ -135,7 +135,7 @@ FORMATS = tuple(dict.fromkeys(shape.format for shape in (*SHAPES, *_NAMED)))
 """The names that ``format`` may have; ``lines`` is plain text with one entry a line."""
 
 WANTED = frozenset(
-    {*SUBJECTS, *LABELS, "input", "output", "response", "prefill"}.union(
+    {*SUBJECTS, *LABELS, "input", "output", "response", "prefill", "paraphrased_answer"}.union(
         *(shape.needs for shape in SHAPES)
     )
 )
