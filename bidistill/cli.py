@@ -387,7 +387,7 @@ def gradients(
 @OVERRIDES
 @click.option("--table-only", is_flag=True, help="Run nothing; report on the cells that are done.")
 def compare(recipe: Path, overrides: Sequence[str], table_only: bool) -> int:
-    """Train by several methods and compare what they forget and keep.
+    """Compare methods: what each forgets and keeps.
 
     RECIPE, a YAML file, names the methods, the seeds and what they share. Each method and seed is
     a cell: a process of its own that trains, asks and attacks. What is done is not done again, so
