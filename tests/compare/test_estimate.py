@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bidistill.compare.estimate import difference, estimate
-from bidistill.compare.measures import ATTACK, FORGET, PREFILL, worst_of
+from bidistill.compare.measures import ATTACK, FORGET, PREFILL
 from tests.compare.invented import item
 
 
@@ -72,13 +72,6 @@ def test_only_common_items_are_compared():
     found = difference([one], [other])
     assert found is not None
     assert found.value == 1
-
-
-def test_an_item_is_as_bad_as_its_worst_attempt():
-    assert worst_of([("x", "a", False), ("x", "a", True), ("y", "a", False)]) == {
-        "x": {"a": 1.0},
-        "y": {"a": 0.0},
-    }
 
 
 def test_an_attack_is_counted_as_the_attacks_count_it():
