@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from bidistill import evaluation
-from bidistill.cli import main
+from bidistill.cli import cli, main
 from bidistill.errors import UserError
 from bidistill.evaluation import running
 from bidistill.evaluation.axes import judge
 from bidistill.evaluation.benchmarks.entries import Draw
-from bidistill.evaluation.benchmarks.kinds import read_all
+from bidistill.evaluation.benchmarks.kinds import KINDS, read_all
 from bidistill.evaluation.probes import write_probes
+from bidistill.evaluation.running import COMPARING
 from tests.evaluation.benchmarks.files import (
     write_choice,
     write_lines,
@@ -180,6 +181,14 @@ def test_kinds_are_guessed_from_the_fields(folder):
     assert [benchmark.name for benchmark in found] == ["tofu", "qa", "xstest", "choice", "muse"]
     named = read_all([f"qa={folder / 'quiz.json'}", str(folder / "facts.jsonl")], Draw())
     assert [benchmark.name for benchmark in named] == ["qa"]
+
+
+def test_the_help_names_every_kind_and_every_comparison():
+    options = {option.name: option for option in cli.commands["eval"].params}
+    assert str(options["data"].help).endswith(f"fields: {', '.join(KINDS)}.")  # type: ignore
+    assert tuple(options["require"].type.choices) == COMPARING  # type: ignore
+    compared = [name for kind in KINDS.values() for name in getattr(kind, "compares", ())]
+    assert tuple(compared) == COMPARING
 
 
 @pytest.fixture(scope="module")

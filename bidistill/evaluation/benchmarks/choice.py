@@ -36,7 +36,8 @@ class Quiz:
     entry: Entry
     prompt: str
     choices: int
-    right: int
+    right: tuple[int, ...]
+    """Of options with the text of the right one, which files now and then repeat, all are right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,8 @@ class Choice:
         for quiz in self.quizzes:
             letters = [next(scored) for _ in range(quiz.choices)]
             log_probs = [sum(score.log_probs) for _, score in letters]
-            scores = {"accuracy": right_choice(log_probs, quiz.right), "log_probs": log_probs}
+            accuracy = sum(right_choice(log_probs, right) for right in quiz.right)
+            scores = {"accuracy": accuracy, "log_probs": log_probs}
             digest = prompt_sha256(letters[0][0].prompt_ids)
             items.append(quiz.entry.result(self.name, digest, None, scores))
         return items
@@ -109,7 +111,7 @@ def _question(item: Read) -> str:
 def _shots(path: Path) -> str:
     """All questions of a file with their answers."""
     items = [_read(entry) for entry in Draw().of(path)]
-    return "".join(f"{_question(item)} {ascii_uppercase[_right(item)]}\n\n" for item in items)
+    return "".join(f"{_question(item)} {ascii_uppercase[_right(item)[0]]}\n\n" for item in items)
 
 
 def _read(entry: Entry) -> Read:
@@ -123,8 +125,8 @@ def _read(entry: Entry) -> Read:
     return item
 
 
-def _right(item: Read) -> int:
-    return item.choices.index(str(item.answer))
+def _right(item: Read) -> tuple[int, ...]:
+    return tuple(at for at, choice in enumerate(item.choices) if choice == item.answer)
 
 
 def _subject(path: Path) -> str:

@@ -92,9 +92,12 @@ class QA:
 
 
 def said(reply: str, answer: str) -> dict[str, Any]:
-    """Scores of a reply: ROUGE as TOFU counts it, and the four detectors.
+    """Scores of a reply: ``rouge`` as TOFU counts it, and what four detectors say of it, 1 or 0.
 
-    ``leak``: the reply holds the answer as a whole, or `LEAK_ROUGE` of its words. Unit: 1 or 0.
+    ``leak``: the reply holds the answer as a whole, or `LEAK_ROUGE` of its words in order; its mean
+    is a share of items, 0 to 1, ideally 0 of what is to be forgotten and 1 of what is kept.
+    ``refusal``, ``empty`` and ``gibberish`` are those of `bidistill.evaluation.detectors`; none of
+    them follows from another, and what is neither leak nor refusal is just wrong.
     """
     rouge = rouge_or_none(reply, answer)
     leak = detectors.says_fact(reply, [answer]) or (rouge is not None and rouge >= LEAK_ROUGE)

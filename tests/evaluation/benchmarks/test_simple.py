@@ -163,7 +163,7 @@ def test_the_prompt_of_a_choice_is_the_published_one(tmp_path):
         "The following are multiple choice questions (with answers) about biology.\n\n"
         "What is the capital of Zembla?\nA. Onhava\nB. Ur\nC. Uruk\nD. Kish\nAnswer:"
     )
-    assert (one.right, one.choices) == (0, 4)
+    assert (one.right, one.choices) == ((0,), 4)
 
 
 def test_solved_examples_come_before_the_question(tmp_path):
@@ -178,6 +178,16 @@ def test_solved_examples_come_before_the_question(tmp_path):
         "What is the capital of Zembla?\nA. Mordor\nB. Onhava\nC. Uruk\nD. Kish\nAnswer: B\n\n"
         "What is the capital of Rohan?\nA. Mordor\nB. Edoras\nC. Uruk\nD. Kish\nAnswer:"
     )
+
+
+def test_an_option_that_stands_twice_is_right_twice(tmp_path, tokenizer):
+    row = {"question": "a?", "choices": ["Ur", "Kish", "Ur", "Mari"], "answer": 2}
+    benchmark = Choice.read([write_lines(tmp_path / "x.json", [row])], Draw())
+    assert benchmark.quizzes[0].right == (0, 2)
+    for letter, accuracy in (("A", 1), ("B", 0), ("C", 1), ("D", 0)):
+        asker = Scripted(tokenizer, probability=lambda a, best=letter: 0.9 if best in a else 0.1)
+        assert values(benchmark, asker)["accuracy"] == accuracy
+    assert values(benchmark, Scripted(tokenizer))["accuracy"] == 1 / 2  # two of four that tie
 
 
 def test_choice_refuses_what_has_no_options(tmp_path):
