@@ -3,18 +3,16 @@
 Every prompt and every answer goes through here, so that all ranks share the work.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bidistill.errors import UserError
-from bidistill.evaluation.generation import generate
-from bidistill.evaluation.prompts import Prompt, prompt_sha256
+from bidistill.evaluation.generation import generate_after, prompt_sha256
+from bidistill.evaluation.prompts import Prompt
 from bidistill.evaluation.scoring import Scored, Span, score
 from bidistill.evaluation.sharing import share_out
-from bidistill.models import without_dropout
 from bidistill.world import World
 
 TOKENS_TO_SCORE = 4096
@@ -30,7 +28,7 @@ class Reply:
     text: str
     """Without special tokens and without the prefill."""
     prompt_sha256: str
-    """See `bidistill.evaluation.prompts.prompt_sha256`."""
+    """See `bidistill.evaluation.generation.prompt_sha256`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +47,7 @@ class Asker:
         """Answer greedily.
 
         Args:
-            prompts: all raw, or none.
+            prompts: what to answer.
             max_new_tokens: of a reply at most.
             name: of the work, for progress and messages.
 
@@ -59,17 +57,13 @@ class Asker:
         ids = [prompt.ids(self.tokenizer) for prompt in prompts]
         self._check_length(ids, max_new_tokens, name)
 
-        def work(batch: list[int]) -> list[str]:
-            if prompts[batch[0]].raw:
-                return self._continue([ids[i] for i in batch], max_new_tokens)
-            asked = [(prompts[i].text, prompts[i].prefill) for i in batch]
-            return generate(self.model, self.tokenizer, asked, max_new_tokens, len(asked))
-
         texts = share_out(
             self.world,
-            range(len(ids)),
-            work,
-            size=lambda i: len(ids[i]),
+            ids,
+            lambda batch: generate_after(
+                self.model, self.tokenizer, batch, max_new_tokens, len(batch)
+            ),
+            size=len,
             most_items=self.batch_size,
             most_tokens=TOKENS_TO_CONTINUE,
             label=f"{name}: replies" if self.progress else None,
@@ -101,33 +95,3 @@ class Asker:
                 f"{name}: got a prompt and answer of {longest} tokens, expected at most {most}, "
                 "what the model can read; leave the item out or cut it"
             )
-
-    @torch.no_grad()
-    def _continue(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-        """Continue raw texts, as transformers does; they share no beginning worth keeping."""
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        own = self.model.generation_config
-        end = self.tokenizer.eos_token_id if own is None else own.eos_token_id
-        settings = GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=0
-        )
-        with without_dropout(self.model):
-            out = self.model.generate(
-                input_ids=ids.to(self.model.device),  # type: ignore
-                attention_mask=mask.to(self.model.device),
-                generation_config=settings,
-            )
-        ends = set(end) if isinstance(end, list) else {end}
-        return [
-            self._text(prompt[-1:], row, ends)
-            for prompt, row in zip(prompts, out[:, width:].tolist(), strict=True)
-        ]
-
-    def _text(self, last: Sequence[int], new: Sequence[int], ends: Container[object]) -> str:
-        """New tokens up to the first that ends, decoded after the last one of the prompt."""
-        stop = next((at for at, token in enumerate(new) if token in ends), len(new))
-        head = str(self.tokenizer.decode(list(last), skip_special_tokens=True))
-        both = str(self.tokenizer.decode([*last, *new[:stop]], skip_special_tokens=True))
-        return both[len(head) :]

@@ -14,9 +14,8 @@ from bidistill.evaluation.detectors import (
     refuses,
     says_fact,
 )
-from bidistill.evaluation.generation import generate, prompt_ids
+from bidistill.evaluation.generation import generate_after, prompt_ids, prompt_sha256
 from bidistill.evaluation.probes import Group, Probe
-from bidistill.evaluation.prompts import prompt_sha256
 from bidistill.evaluation.sharing import share_out
 from bidistill.world import World
 
@@ -109,11 +108,9 @@ def evaluate(
     ids = [prompt_ids(tokenizer, *prompt) for prompt in prompts]
     replies = share_out(
         world or World(),
-        range(len(ids)),
-        lambda batch: generate(
-            model, tokenizer, [prompts[i] for i in batch], max_new_tokens, batch_size
-        ),
-        size=lambda i: len(ids[i]),
+        ids,
+        lambda batch: generate_after(model, tokenizer, batch, max_new_tokens, batch_size),
+        size=len,
         most_items=batch_size,
         most_tokens=batch_size * max(map(len, ids), default=0),  # the count alone decides
         label=label,

@@ -6,9 +6,7 @@ it. Where a tokenizer melts the answer's start into the prompt's last token, tha
 answer's.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
@@ -75,16 +73,6 @@ def text_spans(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> li
             f"text: got {text[:40]!r}, of {len(ids)} tokens, expected two or more; leave it out"
         )
     return spans
-
-
-def prompt_sha256(ids: Sequence[int]) -> str:
-    """Fingerprint of a prompt: SHA-256 of its token ids, each as 32 bits, little-endian.
-
-    Example:
-        >>> prompt_sha256([1, 2])[:8]
-        '34fb5c82'
-    """
-    return sha256(b"".join(token.to_bytes(4, "little") for token in ids)).hexdigest()
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:

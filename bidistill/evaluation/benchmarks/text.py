@@ -10,9 +10,10 @@ from bidistill.errors import UserError
 from bidistill.evaluation.asking import Asker
 from bidistill.evaluation.benchmarks.entries import Draw, Entry, named_apart
 from bidistill.evaluation.benchmarks.qa import perplexity_of
+from bidistill.evaluation.generation import prompt_sha256
 from bidistill.evaluation.measures import Item, Meaning, Measure, mean_of
 from bidistill.evaluation.metrics.memorisation import min_k_prob
-from bidistill.evaluation.prompts import prompt_sha256, text_spans
+from bidistill.evaluation.prompts import text_spans
 
 WINDOW = 2048
 """Tokens of a text that are read together; what the model reads at most, if that is less."""
