@@ -2,12 +2,15 @@
 
 import hashlib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from bidistill.errors import UserError
 from bidistill.evaluation.attacks import NAMES, PROMPTS, attack
+from bidistill.evaluation.attacks.prefill import OPENERS
 from bidistill.evaluation.attacks.sampling import SAMPLES
+from bidistill.evaluation.attacks.templates import TEMPLATES
 from bidistill.evaluation.generation import prompt_ids
 from tests.evaluation.attacks.invented import (
     CAPITALS,
@@ -195,3 +198,12 @@ def test_rejects(model, tokenizer, probes, names, message):
     with pytest.raises(UserError, match=message) as error:
         attack(model, tokenizer, probes, names)
     assert "\n" not in str(error.value)
+
+
+def test_the_documentation_says_every_prompt_word_for_word():
+    page = (Path(__file__).parents[3] / "docs" / "attacks.md").read_text(encoding="utf-8")
+    prompts = [text for made in TEMPLATES.values() for text in made.values()]
+    for text in (*prompts, *OPENERS):
+        assert f"`{text}`" in page
+    for name in NAMES:
+        assert f"| `{name}` |" in page
