@@ -90,8 +90,8 @@ def test_items_hold_what_was_asked(monkeypatch, tokenizer):
     assert shot["prompt"].endswith(f"<s>user\n{FORGET[0].question}</s><s>assistant\n")
     item = next(item for item in items if item["attempt"] == "gold 4")
     ids = prompt_ids(tokenizer, FORGET[0].question, "The ")
-    data = b"".join(token.to_bytes(4, "little") for token in ids)
-    assert item["prompt_sha256"] == hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256(str(ids)[1:-1].replace(" ", "").encode()).hexdigest()
+    assert item["prompt_sha256"] == digest
     assert item["prompt"] == tokenizer.decode(ids)
     assert (item["prefill"], item["continuation"]) == ("The ", "capital of Zembla is Onhava.")
     assert {"id", "group", "refusal", "empty", "gibberish", "leak"} <= item.keys()
