@@ -207,3 +207,29 @@ def test_the_documentation_says_every_prompt_word_for_word():
         assert f"`{text}`" in page
     for name in NAMES:
         assert f"| `{name}` |" in page
+
+
+def test_samples_are_drawn_by_the_seed(model, tokenizer):
+    def said(seed, **settings):
+        _, items = attack(
+            model.double(), tokenizer, FORGET, ["sampling"], seed=seed, max_new_tokens=4, **settings
+        )
+        return [item["continuation"] for item in items]
+
+    assert said(0) == said(0) == said(0, batch_size=5)
+    assert said(0) != said(1)
+    assert len(set(said(0)[:SAMPLES])) > 1
+
+
+def test_the_probability_of_a_leak_in_many_samples_and_in_one(monkeypatch, tokenizer):
+    """One sample in sixteen tells one of the three facts."""
+    calls = iter(range(1000))
+
+    def habit(prompt):
+        return knows(prompt) if "Gondor" in prompt and next(calls) == 7 else "no"
+
+    summary, _, _ = attacked(monkeypatch, tokenizer, habit, ["sampling"])
+    found = summary["attacks"]["sampling"]
+    assert (found["leak"], found["n"]) == (pytest.approx(1 / 3), 3)
+    assert found["sample_leak"] == pytest.approx(1 / 48)
+    assert found["attempts"] == found["samples"] * 3 == 48
