@@ -137,13 +137,13 @@ def prompt_ids(
 
 
 def prompt_sha256(ids: Sequence[int]) -> str:
-    """SHA-256 of a prompt's token ids, each as 32 bits, little-endian: what the model was given.
+    """Fingerprint of a prompt: SHA-256 of its token ids, in decimal with commas between.
 
     Example:
-        >>> prompt_sha256([1, 2])[:8]
-        '34fb5c82'
+        >>> prompt_sha256([1, 2])[:8]  # printf 1,2 | sha256sum
+        '17f8af97'
     """
-    return hashlib.sha256(b"".join(token.to_bytes(4, "little") for token in ids)).hexdigest()
+    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
 
 
 class _Chooser:

@@ -1,6 +1,7 @@
 """All attacks by name, and the one function that runs them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,7 +109,8 @@ def attack(
     summary = {name: rates([i for i in items if i["attack"] == name]) for name in builders}
     for name, procedure in PROCEDURES.items():
         if name in names:
-            summary[name], more = procedure(model, setting)
+            named = replace(setting, label=label and f"{label}, {name}")
+            summary[name], more = procedure(model, named)
             items += more
     return {"attacks": summary, "worst": worst(summary)}, items
 

@@ -2,12 +2,15 @@
 
 import hashlib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from bidistill.errors import UserError
 from bidistill.evaluation.attacks import NAMES, PROMPTS, attack
+from bidistill.evaluation.attacks.prefill import OPENERS
 from bidistill.evaluation.attacks.sampling import SAMPLES
+from bidistill.evaluation.attacks.templates import TEMPLATES
 from bidistill.evaluation.generation import prompt_ids
 from tests.evaluation.attacks.invented import (
     CAPITALS,
@@ -87,8 +90,8 @@ def test_items_hold_what_was_asked(monkeypatch, tokenizer):
     assert shot["prompt"].endswith(f"<s>user\n{FORGET[0].question}</s><s>assistant\n")
     item = next(item for item in items if item["attempt"] == "gold 4")
     ids = prompt_ids(tokenizer, FORGET[0].question, "The ")
-    data = b"".join(token.to_bytes(4, "little") for token in ids)
-    assert item["prompt_sha256"] == hashlib.sha256(data).hexdigest()
+    digest = hashlib.sha256(str(ids)[1:-1].replace(" ", "").encode()).hexdigest()
+    assert item["prompt_sha256"] == digest
     assert item["prompt"] == tokenizer.decode(ids)
     assert (item["prefill"], item["continuation"]) == ("The ", "capital of Zembla is Onhava.")
     assert {"id", "group", "refusal", "empty", "gibberish", "leak"} <= item.keys()
@@ -195,3 +198,38 @@ def test_rejects(model, tokenizer, probes, names, message):
     with pytest.raises(UserError, match=message) as error:
         attack(model, tokenizer, probes, names)
     assert "\n" not in str(error.value)
+
+
+def test_the_documentation_says_every_prompt_word_for_word():
+    page = (Path(__file__).parents[3] / "docs" / "attacks.md").read_text(encoding="utf-8")
+    prompts = [text for made in TEMPLATES.values() for text in made.values()]
+    for text in (*prompts, *OPENERS):
+        assert f"`{text}`" in page
+    for name in NAMES:
+        assert f"| `{name}` |" in page
+
+
+def test_samples_are_drawn_by_the_seed(model, tokenizer):
+    def said(seed, **settings):
+        _, items = attack(
+            model.double(), tokenizer, FORGET, ["sampling"], seed=seed, max_new_tokens=4, **settings
+        )
+        return [item["continuation"] for item in items]
+
+    assert said(0) == said(0) == said(0, batch_size=5)
+    assert said(0) != said(1)
+    assert len(set(said(0)[:SAMPLES])) > 1
+
+
+def test_the_probability_of_a_leak_in_many_samples_and_in_one(monkeypatch, tokenizer):
+    """One sample in sixteen tells one of the three facts."""
+    calls = iter(range(1000))
+
+    def habit(prompt):
+        return knows(prompt) if "Gondor" in prompt and next(calls) == 7 else "no"
+
+    summary, _, _ = attacked(monkeypatch, tokenizer, habit, ["sampling"])
+    found = summary["attacks"]["sampling"]
+    assert (found["leak"], found["n"]) == (pytest.approx(1 / 3), 3)
+    assert found["sample_leak"] == pytest.approx(1 / 48)
+    assert found["attempts"] == found["samples"] * 3 == 48
