@@ -3,7 +3,7 @@
 import math
 
 from bidistill.evaluation.asking import Reply
-from bidistill.evaluation.prompts import prompt_sha256
+from bidistill.evaluation.generation import prompt_sha256
 from bidistill.evaluation.scoring import Scored
 
 

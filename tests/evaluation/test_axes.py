@@ -10,9 +10,8 @@ from bidistill import evaluation
 from bidistill.errors import UserError
 from bidistill.evaluation import axes
 from bidistill.evaluation.axes import AXES, Axis, Rate, evaluate, judge, summarise
-from bidistill.evaluation.generation import prompt_ids
+from bidistill.evaluation.generation import prompt_ids, prompt_sha256
 from bidistill.evaluation.probes import write_probes
-from bidistill.evaluation.prompts import prompt_sha256
 from tests.evaluation.invented import capital_probe
 
 PROBES = [
@@ -27,10 +26,18 @@ DEPTHS = (0, 1, 2, 4, 8)
 
 def scores(monkeypatch, tokenizer, habit, probes=PROBES, depths=DEPTHS):
     """Summary and items of a model that continues (question, prefill) by a habit."""
-    monkeypatch.setattr(
-        axes, "generate", lambda model, tokenizer, prompts, *rest: [habit(*p) for p in prompts]
-    )
+
+    def generate_after(model, tokenizer, ids, *rest):
+        return [habit(*asked(tokenizer.decode(tokens))) for tokens in ids]
+
+    monkeypatch.setattr(axes, "generate_after", generate_after)
     return evaluate(nn.Module(), tokenizer, probes, depths=depths)  # type: ignore
+
+
+def asked(prompt):
+    """Question and prefill of a chat as the template of the tests writes it."""
+    question, _, rest = prompt.partition("<s>user\n")[2].partition("</s>")
+    return question, rest.removeprefix("<s>assistant\n")
 
 
 def right(question, prefill):

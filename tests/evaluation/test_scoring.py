@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from bidistill.errors import UserError
 from bidistill.evaluation.asking import Asker
+from bidistill.evaluation.generation import prompt_sha256
 from bidistill.evaluation.metrics.memorisation import exact_memorisation
-from bidistill.evaluation.prompts import Prompt, prompt_sha256, text_spans
+from bidistill.evaluation.prompts import Prompt, text_spans
 from bidistill.evaluation.scoring import Span, score
 
 EXACT = 1e-5
