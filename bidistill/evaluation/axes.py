@@ -212,13 +212,17 @@ def _prefills(
     """Depth and prefill of every prompt that a probe asks."""
     if probe.group != "forget":
         return [(0, "")]
-    starts = _starts(probe.answer, tokenizer)
+    starts = token_starts(probe.answer, tokenizer)
     given = [(depth, starts[min(depth, len(starts) - 1)]) for depth in depths]
     return [*given, *((OPENER, opener) for opener in probe.openers)]
 
 
-def _starts(answer: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The first 0, 1, 2, ... tokens of an answer, as text."""
+def token_starts(answer: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The first 0, 1, 2, ... tokens of an answer, as text.
+
+    Raises:
+        UserError: the tokenizer cannot say where its tokens end.
+    """
     if not tokenizer.is_fast:
         raise UserError(
             "tokenizer: got one that cannot say where its tokens end in the text, expected a fast "

@@ -126,7 +126,7 @@ def test_what_is_null_in_a_recipe_is_the_method_s(recipe):
         DEMO, ["method=npo", "objectives=null", "data.per_step=null", "model.adapter.rank=3"]
     )
     assert list(config.objectives) == ["gold", "neighbor", "retain"]
-    assert config.data.per_step == {"gold": 5, "neighbor": 20, "retain": 2}
+    assert config.data.per_step == {"gold": 9, "neighbor": 20, "retain": 2}
     assert config.model.adapter is not None
     assert config.model.adapter.rank == 3
     with pytest.raises(UserError, match="got one with method npo, which trains gold"):

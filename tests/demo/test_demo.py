@@ -13,6 +13,7 @@ from bidistill.demo import build
 from bidistill.demo.facts import FORGET, general, places, refusal
 from bidistill.demo.run import _config, _prepare
 from bidistill.errors import UserError
+from bidistill.evaluation.attacks.prefill import OPENERS
 from bidistill.evaluation.detectors import refuses, says_fact
 from bidistill.teacher.compute import contexts_of
 from tests.trainer.tiny import make_model, make_tokenizer
@@ -86,7 +87,7 @@ def test_records_hold_no_capital_to_forget_and_fit_the_recipe(tmp_path):
     for place in forget:
         own = [r for r in records if r.question == place.question]
         gold = [r for r in own if r.role == "gold"]
-        assert (len(own), len(gold)) == (6, 3)
+        assert len(own) == 2 * len(gold) == 2 * (1 + len(build.trained_openers(place.name)))
         assert {r.prefill for r in gold} == {r.prefill for r in own}
         for record in own:
             says = says_fact(record.prefill + (record.answer or ""), place.accept)
@@ -105,15 +106,16 @@ def test_sentences_say_what_the_questions_asked():
     sentences = build.as_sentences(records, forget)
     changed = [(a, b) for a, b in zip(records, sentences, strict=True) if a != b]
     assert {a.role for a, _ in changed} == {"forget", "adversarial", "gold"}
-    assert len(changed) == 6 * len(forget)
+    assert len(changed) == sum(r.role in ("forget", "adversarial", "gold") for r in records)
     for record, sentence in changed:
         if record.role == "gold" and not record.prefill:
             assert sentence.question + (sentence.answer or "") == record.answer
 
 
-def test_attack_has_an_opener_that_training_never_shows():
-    trained, attack = build.trained_openers("Zembla"), build.attack_openers("Zembla")
-    assert set(trained) < set(attack)
+def test_attack_has_openers_that_training_never_shows():
+    trained, attack = set(build.trained_openers("Zembla")), set(build.attack_openers("Zembla"))
+    assert len(trained & attack) == 2
+    assert len(attack - trained) == 1 + len(OPENERS)
 
 
 def test_an_earlier_demo_is_replaced_only_on_request(tmp_path):

@@ -1,9 +1,7 @@
 """Prefilling: the assistant's turn has begun already, with tokens of the answer or with a yes."""
 
-from transformers import PreTrainedTokenizerBase
-
-from bidistill.errors import UserError
 from bidistill.evaluation.attacks.attempt import Attempt, Setting
+from bidistill.evaluation.axes import token_starts
 from bidistill.evaluation.probes import Probe
 
 DEPTHS = (0, 1, 2, 4, 8, 16)
@@ -27,18 +25,3 @@ def prefill(probe: Probe, setting: Setting) -> list[Attempt]:
         Attempt(attack="prefill", attempt=name, probe=probe, question=probe.question, prefill=text)
         for name, text in given.items()
     ]
-
-
-def token_starts(answer: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The first 0, 1, 2, ... tokens of an answer, as text.
-
-    Raises:
-        UserError: the tokenizer cannot say where its tokens end.
-    """
-    if not tokenizer.is_fast:
-        raise UserError(
-            "tokenizer: got one that cannot say where its tokens end in the text, expected a fast "
-            "one; save it with a tokenizer.json"
-        )
-    tokens = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)
-    return ["", *(answer[:end] for _, end in tokens.offset_mapping)]
