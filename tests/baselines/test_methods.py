@@ -58,7 +58,7 @@ def gold_nll(model, tokenizer):
 def test_all_methods_are_there():
     assert list(methods()) == [
         *("ga", "graddiff", "npo", "simnpo", "sft", "flat", "rmu", "ngdiff", "mollm"),
-        *("duet", "bild", "ours"),
+        *("duet", "bild", "ours", "push_pull"),
     ]
 
 
@@ -172,7 +172,7 @@ def test_contexts_are_read_by_instructed_teachers_alone(recipe, method):
     config = of(recipe, method, common)
     contexts = contexts_of(config.teacher, config.objectives)
     compared = [role for role, own in config.objectives.items() if find(own.loss).teacher]
-    if method in ("ours", "duet", "bild"):
+    if method in ("ours", "push_pull", "duet", "bild"):
         assert len(compared) == 4
         assert all(contexts[role] for role in compared)
     else:
