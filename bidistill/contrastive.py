@@ -60,8 +60,8 @@ def initialise(
         world: the ranks that share out the model, all of which call it; None: this process alone.
 
     Raises:
-        UserError: one of the two sides has no example, or the forget set fewer tokens than the
-            rank.
+        UserError: one of the two sides has no example, or the rank is above the number of
+            tokens of the forget set, or above the width of a layer's input.
     """
     assert settings.contrast is not None
     world = world or World()
@@ -73,6 +73,13 @@ def initialise(
             "number of tokens of the forget set; lower the rank"
         )
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+    widths: dict[str, int] = {name: layer.in_features for name, layer in layers}  # type: ignore
+    narrowest, width = min(widths.items(), key=lambda pair: pair[1])
+    if width < settings.rank:
+        raise UserError(
+            f"model.adapter.rank: got {settings.rank}, expected at most {width}, the width of the "
+            f"input of {narrowest}; lower the rank"
+        )
     own = dict(layers[world.rank :: world.size])
     inputs, moments = _measure(model, own, forget, keep)  # type: ignore
     chosen: dict[str, Tensor] = {}

@@ -35,7 +35,9 @@ PUSHING = ("ga", "graddiff", "npo", "simnpo", "flat", "ngdiff", "mollm")
 
 UNLIKELY = ["objectives.gold.options.delta=7"]
 """SimNPO where answers have 7 nats a token from the start, and nothing would be left to do."""
-FITTED = {"rmu": SHALLOW, "simnpo": UNLIKELY}
+NARROW = ["model.adapter.rank=16"]
+"""Of layers of 48."""
+FITTED = {"rmu": SHALLOW, "simnpo": UNLIKELY, "ours": NARROW, "push_pull": NARROW}
 
 
 def of(recipe, method, *overrides):
@@ -180,7 +182,7 @@ def test_contexts_are_read_by_instructed_teachers_alone(recipe, method):
 
 
 def test_ours_is_the_recipe_of_the_demo(recipe):
-    ours, shown = of(recipe, "ours"), load_config(DEMO)
+    ours, shown = of(recipe, "ours", "model.adapter.rank=64"), load_config(DEMO)
     assert ours.model.adapter == shown.model.adapter
     assert ours.objectives == shown.objectives
     assert ours.data.per_step == shown.data.per_step

@@ -117,6 +117,12 @@ def test_rank_beyond_the_forget_tokens_is_refused(examples):
         adapted(short, settings)
 
 
+def test_rank_beyond_the_width_is_refused(examples):
+    settings = replace(SETTINGS, rank=49)
+    with pytest.raises(UserError, match=r"rank: got 49, expected at most 32, the width of the inp"):
+        adapted(examples * 3, settings)
+
+
 def test_trains_exports_and_resumes_bit_for_bit(config, tmp_path):
     config = replace(config, model=replace(config.model, adapter=SETTINGS))
     whole = train.main(config)
