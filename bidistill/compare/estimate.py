@@ -28,7 +28,7 @@ class Estimate:
     seeds: tuple[float, ...]
     """Of each seed."""
     count: int
-    """Items counted, of the worst column."""
+    """Items counted, of the worst column; of the seed where they are fewest."""
     ci95: tuple[float, float]
     """Of the mean over seeds, for other items of the same kind: bootstrap over items. Where all
     items of all seeds agree, which a bootstrap takes for certainty, Wilson's for one seed."""
@@ -56,7 +56,7 @@ def estimate(seeds: Sequence[Columns]) -> Estimate | None:
     if not items:
         return None
     values = tuple(float(_rates(columns, items, np.ones((1, len(items))))[0]) for columns in seeds)
-    count = max(len(marks) for columns in seeds for marks in columns.values())
+    count = min(_count(columns) for columns in seeds)
     mean = float(np.mean(values))
     low, high = _middle(_draws(seeds, items))
     if low == high:
@@ -75,7 +75,7 @@ def difference(one: Sequence[Columns], other: Sequence[Columns]) -> Difference |
     Returns:
         None if they have no item in common.
     """
-    items = [item for item in _items(one) if item in set(_items(other))]
+    items = sorted({*_items(one)} & {*_items(other)})
     if not items:
         return None
     whole = np.ones((1, len(items)))
@@ -95,6 +95,13 @@ def _middle(draws: Float64[np.ndarray, " B"]) -> tuple[float, float]:
 def _items(seeds: Sequence[Columns]) -> list[str]:
     """Ids of all items that any seed counts, in a fixed order."""
     return sorted({name for columns in seeds for marks in columns.values() for name in marks})
+
+
+def _count(columns: Columns) -> int:
+    """Items of the worst column; of equals the one with more items, as in a summary."""
+    return max(
+        (sum(marks.values()) / len(marks), len(marks)) for marks in columns.values() if marks
+    )[1]
 
 
 def _draws(seeds: Sequence[Columns], items: Sequence[str]) -> Float64[np.ndarray, " B"]:

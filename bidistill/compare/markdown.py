@@ -89,9 +89,13 @@ def text_of(found: Estimate | None) -> str:
 
 
 def heading(measure: Measure, rows: Sequence[Row]) -> str:
-    """A measure's title with the direction that is good and the items counted."""
+    """A measure's title with the direction that is good and the items counted.
+
+    Where the worst of several columns counts, it may have fewer items for one row than for another.
+    """
     counts = [found.count for row in rows if (found := row.estimates[measure.key]) is not None]
-    note = f"{ARROWS[measure.good]} (n = {max(counts)})".replace(" ", NBSP)
+    n = " to ".join(map(str, sorted({min(counts), max(counts)})))
+    note = f"{ARROWS[measure.good]} (n = {n})".replace(" ", NBSP)
     return f"{measure.title} {note}"
 
 

@@ -48,6 +48,15 @@ def test_the_worst_column_counts():
     assert found.value == pytest.approx(2 / 3)
 
 
+def test_the_count_is_that_of_the_worst_column():
+    """Deep prefilling leaves few facts open: six of six leak there, none of twelve elsewhere."""
+    found = estimate([{"0": marks([0] * 12)["asked"], "16": marks([1] * 6)["asked"]}])
+    z2 = 1.959963984540054**2
+    assert found is not None
+    assert (found.value, found.count) == (1, 6)
+    assert found.ci95 == pytest.approx((6 / (6 + z2), 1)), "Wilson's for 6 of 6, not for 12 of 12"
+
+
 def test_nothing_to_count_is_no_rate():
     assert estimate([{}]) is None
     assert difference([marks([1])], [{}]) is None
