@@ -54,17 +54,33 @@ class Cell:
         """Write down what is to be done.
 
         Raises:
-            UserError: something else was to be done here.
+            UserError: as :meth:`check`.
         """
+        self.check()
         path = self.folder / CELL
         if not path.exists():
             write_text(path, yaml.safe_dump(self.job, sort_keys=False, allow_unicode=True))
+
+    def check(self) -> None:
+        """Refuse a folder where something else was to be done.
+
+        Raises:
+            UserError: names what differs; or the file that says what was to be done is damaged.
+        """
+        path = self.folder / CELL
+        if not path.exists():
             return
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        way_out = "choose another output, or delete that folder to have it made again"
+        try:
+            before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError):
+            before = None
+        if not isinstance(before, dict):
+            raise UserError(f"{path}: got a damaged file, expected what its cell does; {way_out}")
         if changed := sorted(key for key in self.job if before.get(key) != self.job[key]):
             raise UserError(
                 f"{self.folder}: got a cell with another {changed[0]}, expected the one of this "
-                "recipe; choose another output, or delete that folder to have it made again"
+                f"recipe; {way_out}"
             )
 
     def discard(self) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +16,12 @@ import yaml
 
 from bidistill.compare import page
 from bidistill.compare.cells import Cell, cells_of, recipe_of
-from bidistill.compare.recipe import CompareConfig
+from bidistill.compare.recipe import BASE, CompareConfig
 from bidistill.compare.results import rows_of
 from bidistill.config import load_config
 from bidistill.errors import UserError
+from bidistill.evaluation.attacks import check_names, require_forget
+from bidistill.evaluation.probes import read_probes
 from bidistill.progress import say
 
 FAILED, INTERRUPTED = 1, 130
@@ -47,28 +50,37 @@ def run(config: CompareConfig, *, table_only: bool = False) -> int:
 
     Raises:
         UserError: the recipe cannot be used, a cell was begun by another recipe, or there is
-            nothing to report on.
+            nothing to report on, as the model before is not measured.
         SystemExit: interrupted (code 130); what is done stays.
     """
-    _check_recipes(config)
-    inputs = _inputs(config)
+    _check(config)
+    inputs = _inputs(config, make=not table_only)
     cells = cells_of(config, *inputs)
     for cell in cells:
-        cell.begin()
+        cell.check() if table_only else cell.begin()
     missing = [] if table_only else [cell for cell in cells if not cell.done]
-    say(f"{len(cells)} cells, {len(cells) - len(missing)} done already")
+    say(f"{len(cells)} cells, {sum(cell.done for cell in cells)} done already")
     failed = _run(missing, config.jobs)
     rows = rows_of(config, cells)
-    if not rows:
-        raise UserError(f"{config.output}: got no cell that is done, expected one; run without "
-                        "--table-only")  # fmt: skip
-    say(page.write(config, rows, missing=[cell.name for cell in cells if not cell.done]))
+    if rows and rows[0].name == BASE:
+        say(page.write(config, rows, missing=[cell.name for cell in cells if not cell.done]))
+    elif failed:
+        say(f"no table: {BASE}, which all rows are compared with, is not done")
+    else:
+        raise _nothing(config)
     for cell in failed:
         say(f"FAILED  {cell.name}: see above; run the same command again to try it anew")
     return FAILED if failed else 0
 
 
-def _inputs(config: CompareConfig) -> Inputs:
+def _nothing(config: CompareConfig) -> UserError:
+    return UserError(
+        f"{config.output}: got no result of {BASE}, expected what all rows are compared with; run "
+        "without --table-only"
+    )
+
+
+def _inputs(config: CompareConfig, *, make: bool) -> Inputs:
     """The model, records and probes; those of the demo are made where they are missing."""
     if not config.demo:
         assert config.model, "load_compare checks"
@@ -80,8 +92,24 @@ def _inputs(config: CompareConfig) -> Inputs:
 
     folder, model = config.output / SHARED, smollm2()
     if not (folder / PROBES).exists():  # written after the records
+        if not make:
+            raise _nothing(config)
         prepare(load_base(model), load_tokenizer(model), folder, seed=0)
     return Inputs(str(model), str(folder / RECORDS), folder / PROBES)
+
+
+def _check(config: CompareConfig) -> None:
+    """Find what would end every cell, or the report, only after hours of training."""
+    if find_spec("matplotlib") is None:
+        raise UserError(
+            "compare: got no matplotlib, expected it for the plots; run pip install matplotlib"
+        )
+    check_names(config.attacks)
+    if config.probes:
+        probes = read_probes(config.probes)
+        if config.attacks:
+            require_forget(probes)
+    _check_recipes(config)
 
 
 def _check_recipes(config: CompareConfig) -> None:
@@ -116,6 +144,8 @@ def _run(cells: Sequence[Cell], jobs: int) -> list[Cell]:
             cell.discard()
         elif code in (INTERRUPTED, -signal.SIGINT):
             stopped.set()
+        elif code < 0:  # nothing else says so: usually the system, short of memory
+            say(f"{cell.name}: killed by signal {-code}")
         return code
 
     with ThreadPoolExecutor(jobs) as pool:

@@ -8,6 +8,8 @@ import yaml
 
 from bidistill.compare.cells import Cell, cells_of
 from bidistill.compare.recipe import CompareConfig, load_compare
+from bidistill.evaluation.probes import write_probes
+from tests.evaluation.invented import capital_probe
 
 FORGET, NEIGHBORS, RETAIN = 10, 20, 8
 
@@ -26,7 +28,7 @@ RECIPE = {
 def make(folder: Path, **changes: Any) -> tuple[CompareConfig, list[Cell]]:
     """A recipe in a folder, read, with its cells."""
     probes = folder / "probes.jsonl"
-    probes.write_text("{}\n")
+    write_probes(probes, [capital_probe("Zembla", "Onhava")])
     raw = RECIPE | {"probes": str(probes), "output": str(folder / "out")} | changes
     path = folder / "compare.yaml"
     path.write_text(yaml.safe_dump(raw, sort_keys=False))

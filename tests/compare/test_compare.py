@@ -5,7 +5,9 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import yaml
@@ -16,7 +18,9 @@ from bidistill.compare.cells import CELL
 from bidistill.compare.recipe import Limits, load_compare
 from bidistill.compare.results import rows_of, verdict
 from bidistill.errors import UserError
+from bidistill.evaluation.probes import write_probes
 from tests.compare.invented import FORGET, NEIGHBORS, RECIPE, finish, make
+from tests.evaluation.invented import capital_probe
 
 # the package has a function of that name, too
 run_module = importlib.import_module("bidistill.compare.run")
@@ -138,6 +142,68 @@ def test_a_mistake_in_one_method_shows_before_anything_is_made(tmp_path):
     with pytest.raises(UserError, match=r"methods\.npo: optim: got unknown key .rl., expected lr"):
         run(config)
     assert not config.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attacks": ["revers"]}, "attack: got 'revers', .* did you mean 'reverse'"),
+        ({"probes": "nowhere.jsonl"}, "nowhere.jsonl: got 'No such file"),
+        ({"attacks": ["reverse"], "probes": "near.jsonl"}, "probes: got none of group forget"),
+    ],
+)
+def test_what_would_end_every_cell_shows_first(tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    write_probes("near.jsonl", [capital_probe("Rohan", "Edoras", "neighbor")])
+    config, _ = make(tmp_path)
+    with pytest.raises(UserError, match=message):
+        run(replace(config, **{k: Path(v) if k == "probes" else v for k, v in changes.items()}))
+    assert not config.output.exists()
+
+
+def test_a_report_without_its_plots_is_refused_before_training(tmp_path, monkeypatch):
+    config, _ = make(tmp_path)
+    monkeypatch.setattr(run_module, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match="compare: got no matplotlib"):
+        run(config)
+
+
+@pytest.mark.parametrize("recipe", [{}, {"demo": True, "model": None, "probes": None}])
+def test_table_only_makes_nothing(tmp_path, monkeypatch, recipe):
+    monkeypatch.setattr(run_module, "_check_recipes", lambda _: None)
+    config, _ = make(tmp_path)
+    with pytest.raises(UserError, match="got no result of base"):
+        run(replace(config, **recipe), table_only=True)
+    assert not config.output.exists()
+
+
+def test_without_the_model_before_there_is_no_table(tmp_path, monkeypatch, capsys):
+    """Else the first method would stand in its place, as the best there can be."""
+    config, cells = make(tmp_path)
+    monkeypatch.setattr(run_module, "_check_recipes", lambda _: None)
+    by_folder = {str(cell.folder): cell for cell in cells}
+
+    def worker(command, **_):
+        cell = by_folder[command[-1]]
+        if cell.method != "base":
+            finish(cell)
+        return subprocess.CompletedProcess(command, -9 if cell.method == "base" else 0)
+
+    monkeypatch.setattr(run_module.subprocess, "run", worker)
+    assert run(config) == 1
+    said = capsys.readouterr().out
+    for words in ("no table: base", "base: killed by signal 9", "FAILED  base: see above"):
+        assert words in said
+    assert not (config.output / "compare.md").exists()
+
+
+def test_a_damaged_cell_is_one_line(tmp_path):
+    _, (cell, *_) = make(tmp_path)
+    cell.begin()
+    for damage in ("a: [", "", "\0"):
+        (cell.folder / CELL).write_text(damage)
+        with pytest.raises(UserError, match=r"cell\.yaml: got a damaged file"):
+            cell.begin()
 
 
 def test_a_failed_or_missing_cell_is_named(done):

@@ -4,6 +4,13 @@ One file an attack. Those on the prompt say what they ask about a probe; all tha
 together. Those on the weights change the model, ask the plain questions, and put it back.
 """
 
-from bidistill.evaluation.attacks.registry import NAMES, PROCEDURES, PROMPTS, attack
+from bidistill.evaluation.attacks.registry import (
+    NAMES,
+    PROCEDURES,
+    PROMPTS,
+    attack,
+    check_names,
+    require_forget,
+)
 
-__all__ = ["NAMES", "PROCEDURES", "PROMPTS", "attack"]
+__all__ = ["NAMES", "PROCEDURES", "PROMPTS", "attack", "check_names", "require_forget"]

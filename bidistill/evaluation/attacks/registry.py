@@ -98,11 +98,7 @@ def attack(
         max_new_tokens=max_new_tokens,
         label=label,
     )
-    if not setting.forget:
-        raise UserError(
-            "probes: got none of group forget, expected at least one to attack; "
-            "add what is to be forgotten"
-        )
+    require_forget(probes)
     builders = {name: build for name, build in PROMPTS.items() if name in names}
     attempts = [a for build in builders.values() for p in setting.forget for a in build(p, setting)]
     items = ask(model, setting, attempts)
@@ -125,3 +121,16 @@ def check_names(names: Sequence[str]) -> Sequence[str]:
         if name not in NAMES:
             raise UserError(f"attack: got {name!r}, an unknown one; {nearest(name, NAMES)}")
     return names
+
+
+def require_forget(probes: Sequence[Probe]) -> None:
+    """Refuse probes of which none can be attacked.
+
+    Raises:
+        UserError: none is of group ``forget``.
+    """
+    if not any(probe.group == "forget" for probe in probes):
+        raise UserError(
+            "probes: got none of group forget, expected at least one to attack; "
+            "add what is to be forgotten"
+        )

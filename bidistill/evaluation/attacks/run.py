@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from bidistill.about import commit, versions
 from bidistill.errors import UserError
 from bidistill.evaluation import write_items
-from bidistill.evaluation.attacks.registry import NAMES, attack, check_names
+from bidistill.evaluation.attacks.registry import NAMES, attack, check_names, require_forget
 from bidistill.evaluation.attacks.table import table
 from bidistill.evaluation.probes import Probe, read_probes
 from bidistill.files import file_sha256, write_json, write_text
@@ -56,6 +56,7 @@ def run(
     start = time.monotonic()
     chosen = check_names(names or NAMES)
     probes = read_probes(probes_path)  # first: a mistake in it shows before the model loads
+    require_forget(probes)
     out_dir = Path(out_dir)
     summary, items = _attack(model_dir, adapter, probes, chosen, seed, "attacks")
     base: dict[str, Any] | None = None
