@@ -27,6 +27,11 @@ from bidistill.files import file_sha256, write_text
 
 CELL, RECIPE, METRICS = "cell.yaml", "recipe.yaml", "metrics.json"
 ITEMS, ATTACKS = "items.jsonl", "attacks.jsonl"
+RESULTS = {
+    *("summary", "attacks", "gradients", "cost"),
+    *("seconds", "peak_bytes", "versions", "commit", "threads"),
+}
+"""What `METRICS` holds."""
 
 
 @dataclass(frozen=True, slots=True)

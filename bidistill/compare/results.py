@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bidistill.compare.cells import ATTACKS, ITEMS, METRICS, Cell
+from bidistill.compare.cells import ATTACKS, ITEMS, METRICS, RESULTS, Cell
 from bidistill.compare.estimate import Difference, Estimate, difference, estimate
 from bidistill.compare.measures import (
     ATTACK,
@@ -22,6 +22,8 @@ from bidistill.compare.measures import (
     Measure,
 )
 from bidistill.compare.recipe import BASE, CompareConfig, Limits
+from bidistill.data.jsonl import read_objects
+from bidistill.errors import UserError
 from bidistill.evaluation.axes import Item
 
 ROUNDING = 1e-9
@@ -39,9 +41,22 @@ class Replies:
 
     @classmethod
     def of(cls, cell: Cell) -> "Replies":
-        """Read the files of a cell that is done."""
+        """Read the files of a cell that is done.
+
+        Raises:
+            UserError: one of them is missing or damaged.
+        """
         items, attacks = (_lines(cell.folder / name) for name in (ITEMS, ATTACKS))
-        metrics = json.loads((cell.folder / METRICS).read_text(encoding="utf-8"))
+        path = cell.folder / METRICS
+        try:
+            metrics = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            metrics = None
+        if not isinstance(metrics, dict) or not metrics.keys() >= RESULTS:
+            raise UserError(
+                f"{path}: got a damaged file, or that of another version, expected the results of "
+                "a cell; delete it to have them made again"
+            )
         return cls(cell.seed, items, attacks, metrics)
 
 
@@ -208,7 +223,7 @@ def _goodness(row: Row, base: Row, measure: Measure) -> float | None:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [item for _, item in read_objects(path)]
 
 
 def replies_by_question(rows: Sequence[Row]) -> Mapping[tuple[str, str, str], dict[str, Item]]:

@@ -206,6 +206,23 @@ def test_a_damaged_cell_is_one_line(tmp_path):
             cell.begin()
 
 
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("metrics.json", "{", r"metrics\.json: got a damaged file, or that of another version"),
+        ("metrics.json", '{"summary": {}}', r"metrics\.json: got a damaged file"),
+        ("items.jsonl", "{\n", r"items\.jsonl:1: got"),
+        ("attacks.jsonl", None, r"attacks\.jsonl: got 'No such file"),
+    ],
+)
+def test_damaged_results_are_one_line(done, name, damage, message):
+    config, cells = done
+    path = cells[1].folder / name
+    path.unlink() if damage is None else path.write_text(damage)
+    with pytest.raises(UserError, match=message):
+        rows_of(config, cells)
+
+
 def test_a_failed_or_missing_cell_is_named(done):
     config, cells = done
     gone = cells[-1]
