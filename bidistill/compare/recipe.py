@@ -12,7 +12,7 @@
     output: runs/compare
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +24,14 @@ from bidistill.settings import STRICT, AtLeastOne, Count, Fraction, Message, loa
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """Of a method: it is the name of a folder, too."""
+
+SET_APART = {
+    "model.path": "model names it",
+    "method": "methods name it",
+    "seed": "seeds name it",
+    "output": "each cell has its own",
+}
+"""Keys of a training recipe that a comparison fills in itself, and why."""
 
 BASE = "base"
 """The name of the model before training, which every comparison measures."""
@@ -38,7 +46,8 @@ class MethodConfig:
     method: str | None = None
     """Name of a method, as in a recipe; ``null``: nothing is trained."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Dotted keys of a recipe with their values, set in what all methods share."""
+    """Dotted keys of a recipe but those of `SET_APART`, with their values, set in what all methods
+    share."""
     context: tuple[Message, ...] = ()
     """Messages before every question that this row is asked."""
     note: str = ""
@@ -69,8 +78,7 @@ class CompareConfig:
     probes: Path | None = None
     """JSON lines file of questions; see ``bidistill/evaluation/probes.py``."""
     train: dict[str, Any]
-    """What all methods share: the keys of a recipe but for `model.path`, `method`, `seed` and
-    `output`."""
+    """What all methods share: the keys of a recipe but those of `SET_APART`."""
     methods: Annotated[dict[Name, MethodConfig], Field(min_length=1)]
     ours: str = "ours"
     """The method that the verdict speaks of."""
@@ -117,7 +125,9 @@ def load_compare(path: Path | str, overrides: Sequence[str] = ()) -> CompareConf
         )
     if len(set(config.seeds)) < len(config.seeds):
         raise UserError(f"seeds: got {list(config.seeds)}, expected each once; leave some out")
+    _check_apart("train", _dotted(config.train))
     for name, method in config.methods.items():
+        _check_apart(f"methods.{name}.settings", _dotted(method.settings))
         if method.method is None and method.settings:
             raise UserError(
                 f"methods.{name}.settings: got some without a method to train by; name one"
@@ -128,3 +138,21 @@ def load_compare(path: Path | str, overrides: Sequence[str] = ()) -> CompareConf
                 f"is stands in the row {BASE} anyway"
             )
     return config
+
+
+def _dotted(settings: Mapping[str, Any], depth: int = 2) -> Iterator[str]:
+    """Dotted keys of nested settings, as deep as those of `SET_APART`."""
+    for key, value in settings.items():
+        yield key
+        if isinstance(value, dict) and depth > 1:
+            yield from (f"{key}.{inner}" for inner in _dotted(value, depth - 1))
+
+
+def _check_apart(where: str, keys: Iterable[str]) -> None:
+    """Refuse keys that would be overridden without a word, or mix two models."""
+    for key in keys:
+        if key in SET_APART:
+            raise UserError(
+                f"{where}.{key}: got it in a comparison, expected it nowhere, as {SET_APART[key]}; "
+                "leave it out"
+            )

@@ -308,6 +308,12 @@ def test_another_recipe_is_not_mixed_in(tmp_path):
         ({"methods": {"ours": {"settings": {"steps": 3}}}}, "methods.ours.settings: got some"),
         ({"methods": {"a/b": {"method": "npo"}}}, "methods"),
         ({"sedes": [1]}, "sedes"),
+        ({"train": {"steps": 3, "seed": 7}}, "train.seed: got it in a comparison, expected"),
+        ({"train": {"model": {"path": "x"}}}, "train.model.path: got it in a comparison"),
+        (
+            {"methods": {"ours": {"method": "ours", "settings": {"model.path": "x"}}}},
+            "methods.ours.settings.model.path: got it in a comparison",
+        ),
     ],
 )
 def test_rejects(tmp_path, changes, message, capsys):
