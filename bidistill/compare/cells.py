@@ -16,6 +16,7 @@ import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import yaml
 from bidistill.compare.recipe import BASE, CompareConfig
 from bidistill.errors import UserError
 from bidistill.files import file_sha256, write_text
+from bidistill.loading import file_checksums
 
 CELL, RECIPE, METRICS = "cell.yaml", "recipe.yaml", "metrics.json"
 ITEMS, ATTACKS = "items.jsonl", "attacks.jsonl"
@@ -96,22 +98,31 @@ class Cell:
 def cells_of(config: CompareConfig, model: str, records: str | None, probes: Path) -> list[Cell]:
     """All cells, seed by seed, so that a comparison that is cut short has whole rows of a seed.
 
+    Files are known by their checksums: with others in their place a cell is another one.
+
     Args:
         config: the comparison.
         model: folder of the model.
         records: file to train on that takes the place of `data.train`; None leaves it.
         probes: file of questions.
+
+    Raises:
+        UserError: there is no model, or no such file of records.
     """
     shared = {
         "model": model,
+        "model_sha256": file_checksums(model),
         "probes": str(probes),
         "probes_sha256": file_sha256(probes),
         "attacks": list(config.attacks),
     }
 
+    checksum = cache(_checksum)  # the same files for most cells
+
     def cell(method: str, seed: int | None, **job: Any) -> Cell:  # noqa: ANN401
         folder = config.output / "cells" / method / ("0" if seed is None else str(seed))
-        given = {**shared, "train": None, "context": [], "gradients": None, **job}
+        nothing = {"train": None, "records_sha256": {}, "context": [], "gradients": None}
+        given = {**shared, **nothing, **job}
         return Cell(method, seed, folder, given)
 
     def rows() -> Iterator[Cell]:
@@ -122,8 +133,14 @@ def cells_of(config: CompareConfig, model: str, records: str | None, probes: Pat
                 if method.method is not None:
                     train = recipe_of(config, name, model, records)
                     train |= {"seed": seed}
-                    every = config.gradients if seed == config.seeds[0] else None
-                    yield cell(name, seed, train=train, context=context, gradients=every)
+                    yield cell(
+                        name,
+                        seed,
+                        train=train,
+                        records_sha256={path: checksum(path) for path in _files(train)},
+                        context=context,
+                        gradients=config.gradients if seed == config.seeds[0] else None,
+                    )
                 elif seed == config.seeds[0]:
                     yield cell(name, None, context=context)
 
@@ -152,6 +169,23 @@ def recipe_of(config: CompareConfig, name: str, model: str, records: str | None)
     for key, value in method.settings.items():
         _put(recipe, key.split("."), value)
     return recipe
+
+
+def _files(train: dict[str, Any]) -> list[str]:
+    """The files that a recipe trains on."""
+    given = train["data"]["train"]
+    return given if isinstance(given, list) else [given]
+
+
+def _checksum(path: str) -> str:
+    """SHA-256 of a file of records."""
+    try:
+        return file_sha256(Path(path))
+    except OSError as error:
+        raise UserError(
+            f"data.train: got '{error.strerror}' for {path}, expected a file of records; check the "
+            "path"
+        ) from None
 
 
 def _put(recipe: dict[str, Any], path: Sequence[str], value: object) -> None:

@@ -14,8 +14,8 @@ from tests.evaluation.invented import capital_probe
 FORGET, NEIGHBORS, RETAIN = 10, 20, 8
 
 RECIPE = {
-    "model": "somewhere",
-    "train": {"steps": 3},
+    "model": "model",
+    "train": {"steps": 3, "data": {"train": "train.jsonl"}},
     "methods": {
         "ours": {"method": "ours"},
         "npo": {"method": "npo", "settings": {"optim.lr": 3e-4}, "note": "a note & more"},
@@ -26,14 +26,21 @@ RECIPE = {
 
 
 def make(folder: Path, **changes: Any) -> tuple[CompareConfig, list[Cell]]:
-    """A recipe in a folder, read, with its cells."""
+    """A recipe, read, with its cells, and the files that it names; all in a folder.
+
+    Tests that make one work in that folder, as a user does: the recipe's paths are relative.
+    """
+    (folder / "model").mkdir(exist_ok=True)
+    for name in ("model/config.json", "model/model.safetensors", "train.jsonl"):
+        if not (folder / name).exists():
+            (folder / name).write_text(name)
     probes = folder / "probes.jsonl"
     write_probes(probes, [capital_probe("Zembla", "Onhava")])
     raw = RECIPE | {"probes": str(probes), "output": str(folder / "out")} | changes
     path = folder / "compare.yaml"
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
     config = load_compare(path)
-    return config, cells_of(config, "somewhere", None, probes)
+    return config, cells_of(config, "model", None, probes)
 
 
 def item(group: str, number: int, *, leak: bool, depth: Any = 0, **more: Any) -> dict[str, Any]:

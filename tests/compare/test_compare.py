@@ -14,7 +14,7 @@ import yaml
 
 from bidistill import cli
 from bidistill.compare import page, run
-from bidistill.compare.cells import CELL
+from bidistill.compare.cells import CELL, cells_of
 from bidistill.compare.recipe import Limits, load_compare
 from bidistill.compare.results import rows_of, verdict
 from bidistill.errors import UserError
@@ -24,6 +24,12 @@ from tests.evaluation.invented import capital_probe
 
 # the package has a function of that name, too
 run_module = importlib.import_module("bidistill.compare.run")
+
+
+@pytest.fixture(autouse=True)
+def there(tmp_path, monkeypatch):
+    """Work where the recipe's files are."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -52,8 +58,9 @@ def test_a_cell_for_each_method_and_seed(tmp_path):
     jobs = {(cell.method, cell.seed): cell.job for cell in cells}
     assert jobs["npo", 1]["train"] == {
         "steps": 3,
+        "data": {"train": "train.jsonl"},
         "method": "npo",
-        "model": {"path": "somewhere"},
+        "model": {"path": "model"},
         "optim": {"lr": 3e-4},
         "seed": 1,
     }
@@ -63,7 +70,7 @@ def test_a_cell_for_each_method_and_seed(tmp_path):
 
 def test_settings_replace_what_all_share(tmp_path):
     """As on a command line: a mapping that is set is no longer the one that all share."""
-    train = {"teacher": {"cache": "off", "contexts": {"forget": []}}}
+    train = RECIPE["train"] | {"teacher": {"cache": "off", "contexts": {"forget": []}}}
     settings = {"teacher.contexts": {}, "model.adapter.rank": 4}
     methods = {
         "ours": {"method": "ours", "settings": settings},
@@ -72,9 +79,9 @@ def test_settings_replace_what_all_share(tmp_path):
     _, cells = make(tmp_path, train=train, methods=methods)
     ours, npo = (next(c.job["train"] for c in cells if c.method == name) for name in methods)
     assert ours["teacher"] == {"cache": "off", "contexts": {}}
-    assert ours["model"] == {"path": "somewhere", "adapter": {"rank": 4}}
+    assert ours["model"] == {"path": "model", "adapter": {"rank": 4}}
     assert npo["teacher"] == train["teacher"]
-    assert npo["model"] == {"path": "somewhere"}
+    assert npo["model"] == {"path": "model"}
 
 
 def test_rates_by_hand(done):
@@ -138,7 +145,7 @@ def test_a_tie_is_said_to_be_one(done):
 
 def test_a_mistake_in_one_method_shows_before_anything_is_made(tmp_path):
     methods = RECIPE["methods"] | {"npo": {"method": "npo", "settings": {"optim.rl": 1e-4}}}
-    config, _ = make(tmp_path, methods=methods, train={"steps": 3, "data": {"train": "t.jsonl"}})
+    config, _ = make(tmp_path, methods=methods)
     with pytest.raises(UserError, match=r"methods\.npo: optim: got unknown key .rl., expected lr"):
         run(config)
     assert not config.output.exists()
@@ -152,8 +159,7 @@ def test_a_mistake_in_one_method_shows_before_anything_is_made(tmp_path):
         ({"attacks": ["reverse"], "probes": "near.jsonl"}, "probes: got none of group forget"),
     ],
 )
-def test_what_would_end_every_cell_shows_first(tmp_path, monkeypatch, changes, message):
-    monkeypatch.chdir(tmp_path)
+def test_what_would_end_every_cell_shows_first(tmp_path, changes, message):
     write_probes("near.jsonl", [capital_probe("Rohan", "Edoras", "neighbor")])
     config, _ = make(tmp_path)
     with pytest.raises(UserError, match=message):
@@ -289,11 +295,37 @@ def test_another_recipe_is_not_mixed_in(tmp_path):
     for cell in cells:
         cell.begin()
     before = (cells[1].folder / CELL).read_bytes()
-    _, changed = make(tmp_path, train={"steps": 4})
+    _, changed = make(tmp_path, train=RECIPE["train"] | {"steps": 4})
     changed[0].begin()
     with pytest.raises(UserError, match="got a cell with another train, expected"):
         changed[1].begin()
     assert (cells[1].folder / CELL).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("model/model.safetensors", "model_sha256"),
+        ("train.jsonl", "records_sha256"),
+        ("probes.jsonl", "probes_sha256"),
+    ],
+)
+def test_other_contents_are_not_mixed_in(tmp_path, file, key):
+    """The paths are the same; a cell that is done says nothing about what lies there now."""
+    _, cells = make(tmp_path)
+    for cell in cells:
+        cell.begin()
+    config, _ = make(tmp_path)
+    Path(file).write_text("other")
+    changed = cells_of(config, "model", None, tmp_path / "probes.jsonl")
+    with pytest.raises(UserError, match=f"got a cell with another {key}, expected"):
+        changed[1].begin()
+
+
+def test_records_that_are_not_there_are_one_line(tmp_path):
+    missing = RECIPE["train"] | {"data": {"train": ["train.jsonl", "nowhere.jsonl"]}}
+    with pytest.raises(UserError, match=r"data\.train: got 'No such file .* for nowhere\.jsonl"):
+        make(tmp_path, train=missing)
 
 
 @pytest.mark.parametrize(
