@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from bidistill.compare.estimate import Estimate
 from bidistill.compare.measures import AXES, MEASURES, Measure
 from bidistill.compare.recipe import CompareConfig
-from bidistill.compare.results import Row, Verdict
+from bidistill.compare.results import Row, Verdict, made_with
 from bidistill.evaluation.pages import NBSP
 
 NOTHING = "\N{EN DASH}"
@@ -24,14 +24,14 @@ def table(
         judged: what the table says.
         missing: names of cells that are not done.
     """
-    first = rows[0].cells[0].metrics
+    facts = made_with(rows)
     seeds = ", ".join(map(str, config.seeds))
     shown = [m for m in MEASURES if any(row.estimates[m.key] is not None for row in rows)]
     parts = [
         "# Methods compared",
         judged.sentence,
-        f"Commit {first['commit']}, seeds {seeds}; PyTorch {first['versions']['torch']}, "
-        f"{first['threads']} threads.",
+        f"Commit {facts['commit']}, seeds {seeds}; PyTorch {facts['torch']}, threads "
+        f"{facts['threads']}.",
     ]
     if missing:
         parts.append(f"**Not complete**: {', '.join(missing)}.")

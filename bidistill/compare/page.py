@@ -9,7 +9,14 @@ from bidistill.compare.markdown import NOTHING, attack_names, costs, heading, ta
 from bidistill.compare.measures import MEASURES
 from bidistill.compare.plots import COLOURS, pareto, radar
 from bidistill.compare.recipe import CompareConfig
-from bidistill.compare.results import Row, Verdict, replies_by_question, verdict, within
+from bidistill.compare.results import (
+    Row,
+    Verdict,
+    made_with,
+    replies_by_question,
+    verdict,
+    within,
+)
 from bidistill.evaluation.pages import html_page, tagged
 from bidistill.evaluation.report import GROUP_TITLES
 from bidistill.files import write_json, write_text
@@ -50,7 +57,7 @@ def _numbers(rows: Sequence[Row], judged: Verdict) -> dict[str, Any]:
         }
         for row in rows
     }
-    return {"verdict": asdict(judged), "methods": methods}
+    return {"verdict": asdict(judged), "made_with": made_with(rows), "methods": methods}
 
 
 def _page(
@@ -70,7 +77,6 @@ def _page(
         }
         for number, (row, cost) in enumerate(zip(rows, cost_rows, strict=True))
     ]
-    metrics = rows[0].cells[0].metrics
     return html_page(
         "compare.html.j2",
         title=f"{len(rows) - 1} methods, {len(config.seeds)} seeds",
@@ -83,9 +89,8 @@ def _page(
         pareto=pareto(rows, config.limits),
         groups=_groups(rows),
         facts=[
-            ("commit", metrics["commit"][:12]),
             ("seeds", ", ".join(map(str, config.seeds))),
-            *((name, value) for name, value in metrics["versions"].items()),
+            *made_with(rows).items(),
         ],
         notes=[(row.name, row.note) for row in rows if row.note],
     )

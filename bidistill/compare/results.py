@@ -170,6 +170,16 @@ def rows_of(config: CompareConfig, cells: Sequence[Cell]) -> list[Row]:
     return rows
 
 
+def made_with(rows: Sequence[Row]) -> dict[str, str]:
+    """Commit, versions and threads of the cells; all that there are, where cells differ."""
+    found: dict[str, dict[str, None]] = {}
+    for metrics in (cell.metrics for row in rows for cell in row.cells):
+        facts = {"commit": metrics["commit"], **metrics["versions"], "threads": metrics["threads"]}
+        for name, value in facts.items():
+            found.setdefault(name, {})[str(value)] = None
+    return {name: ", ".join(values) for name, values in found.items()}
+
+
 def within(row: Row, limits: Limits) -> bool:
     """Whether a method forgets as much as the limits ask for."""
     forget, prefill = row.value(FORGET), row.value(PREFILL)

@@ -239,6 +239,18 @@ def test_a_failed_or_missing_cell_is_named(done):
     assert numbers["methods"]["npo"]["seeds"] == [0]
 
 
+def test_cells_of_several_commits_are_not_said_to_be_of_one(done):
+    config, cells = done
+    path = cells[1].folder / "metrics.json"
+    metrics = json.loads(path.read_text()) | {"commit": "fedcba9876543210", "threads": 1}
+    path.write_text(json.dumps(metrics))
+    text = page.write(config, rows_of(config, cells))
+    assert "Commit 0123456789abcdef, fedcba9876543210, seeds 0, 1;" in text
+    assert "threads 2, 1." in text
+    html = (config.output / "compare.html").read_text(encoding="utf-8")
+    assert "0123456789abcdef, fedcba9876543210" in html
+
+
 def test_angles_stand_beside_the_rates(done):
     config, cells = done
     path = cells[1].folder / "metrics.json"
