@@ -50,14 +50,15 @@ def pareto(rows: Sequence[Row], limits: Limits) -> str:
         )
         if len(x.seeds) > 1:
             ax.scatter(x.seeds, y.seeds, s=9, color=style["color"], alpha=0.6)
-    front = frontier(points)
-    ax.plot(*zip(*front, strict=True), color="#5b6673", lw=1, ls="--", zorder=0)
+    if points:
+        front = frontier(points)
+        ax.plot(*zip(*front, strict=True), color="#5b6673", lw=1, ls="--", zorder=0)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     ax.set_xlim(-0.03, 1.03)
     ax.set_ylim(-0.03, 1.03)
     ax.set_xlabel("still says the fact: asked or under the worst prefill ↓")
     ax.set_ylabel("held-out neighbours known ↑")
     ax.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     names = [row.name for row in rows if within(row, limits)]
     reached = ", ".join(names) if names else "none"
     return _svg(figure, f"Leak against held-out neighbours; within the limits: {reached}")

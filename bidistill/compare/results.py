@@ -190,6 +190,9 @@ def within(row: Row, limits: Limits) -> bool:
 
 def verdict(rows: Sequence[Row], ours: str, limits: Limits) -> Verdict:
     """Rank the methods within the limits by the held-out neighbours that they keep."""
+    for group, measure in (("forget", FORGET), ("neighbor", NEIGHBOR)):
+        if rows[0].value(measure) is None:
+            return Verdict(f"No verdict: no probe of group {group} was asked.", False, ())
     reached = [
         row
         for row in rows

@@ -239,6 +239,19 @@ def test_a_failed_or_missing_cell_is_named(done):
     assert numbers["methods"]["npo"]["seeds"] == [0]
 
 
+@pytest.mark.parametrize("group", ["neighbor", "forget"])
+def test_what_was_not_asked_is_not_failed(done, group):
+    """Probes need not have every group; the page is made all the same."""
+    config, cells = done
+    for cell in cells:
+        path = cell.folder / "items.jsonl"
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(x for x in lines if json.loads(x)["group"] != group))
+    text = page.write(config, rows_of(config, cells))
+    assert f"No verdict: no probe of group {group} was asked." in text
+    assert "does not reach" not in text
+
+
 def test_cells_of_several_commits_are_not_said_to_be_of_one(done):
     config, cells = done
     path = cells[1].folder / "metrics.json"
