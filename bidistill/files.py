@@ -49,6 +49,24 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def require_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written or created, before the work whose result it is to get.
+
+    Nothing is created: a mistake that shows later leaves no empty folder.
+
+    Raises:
+        UserError: as said.
+    """
+    there = next(p for p in (folder, *folder.absolute().parents) if os.path.exists(p))
+    if not there.is_dir():
+        reason = f"{there} is no folder"
+    elif not os.access(there, os.W_OK):
+        reason = "no permission"
+    else:
+        return
+    raise UserError(f"{folder}: cannot be written ({reason}); choose another folder")
+
+
 def remove_temporary(path: Path) -> None:
     """Delete what killed processes have left of :func:`atomic_path`; none may be at it now."""
     start, end = _around_token(path)

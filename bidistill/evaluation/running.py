@@ -26,7 +26,7 @@ from bidistill.evaluation.benchmarks.reference import HOW, read_reference
 from bidistill.evaluation.measures import Item, Meaning, Measure, mean_of
 from bidistill.evaluation.probes import Probe, read_probes
 from bidistill.evaluation.tables import measures_table, rates_table
-from bidistill.files import write_json
+from bidistill.files import require_writable, write_json
 from bidistill.loading import load_tokenizer
 from bidistill.progress import say
 from bidistill.world import World, join
@@ -88,6 +88,8 @@ def evaluate_request(request: Request, out_dir: Path) -> dict[str, Any]:
 
     start = time.monotonic()
     world = join()
+    if world.first:
+        require_writable(out_dir)
     questions = read_questions(request)
     own = _answers(request.model, request.adapter, questions, world)
     base = None

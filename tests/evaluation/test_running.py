@@ -81,6 +81,13 @@ def test_one_command_measures_all(folder, capsys):
     assert "not measured: needs --reference" in printed
 
 
+def test_an_output_that_cannot_be_written_shows_before_the_model_loads(folder, capsys):
+    out = folder / "facts.jsonl" / "out"
+    data = ("--data", str(folder / "facts.jsonl"))
+    assert main(["eval", "--model", "none", "--out", str(out), *data]) == 2
+    assert f"error: {out}: cannot be written" in capsys.readouterr().err
+
+
 def test_against_a_base_model_items_are_paired(folder, capsys):
     said = evaluation.run(
         folder / "model",

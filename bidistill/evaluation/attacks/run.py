@@ -14,7 +14,7 @@ from bidistill.evaluation import write_items
 from bidistill.evaluation.attacks.registry import NAMES, attack, check_names, require_forget
 from bidistill.evaluation.attacks.table import table
 from bidistill.evaluation.probes import Probe, read_probes
-from bidistill.files import file_sha256, write_json, write_text
+from bidistill.files import file_sha256, require_writable, write_json, write_text
 from bidistill.loading import load_base, load_tokenizer
 from bidistill.progress import say
 
@@ -58,6 +58,7 @@ def run(
     probes = read_probes(probes_path)  # first: a mistake in it shows before the model loads
     require_forget(probes)
     out_dir = Path(out_dir)
+    require_writable(out_dir)
     summary, items = _attack(model_dir, adapter, probes, chosen, seed, "attacks")
     base: dict[str, Any] | None = None
     if against is not None:

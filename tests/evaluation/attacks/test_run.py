@@ -71,6 +71,15 @@ def test_the_adapter_is_used_and_both_models_stand_side_by_side(folder, model, c
     assert "| leak before" in capsys.readouterr().out
 
 
+def test_an_output_that_cannot_be_written_shows_before_the_model_loads(folder, capsys):
+    out = ("--out", str(folder / "probes.jsonl" / "out"), "--model", "none")
+    assert command(folder, *out) == 2
+    assert re.fullmatch(
+        r"error: \S+: cannot be written \(\S+probes\.jsonl is no folder\); choose another folder\n",
+        capsys.readouterr().err,
+    )
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
