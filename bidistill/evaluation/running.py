@@ -120,8 +120,8 @@ def read_questions(request: Request) -> Questions:
     probes = [] if request.probes is None else read_probes(request.probes)
     benchmarks = read_all(request.data, Draw(request.limit, request.seed))
     reference = None if request.reference is None else read_reference(request.reference)
-    comparing = [b for b in benchmarks if getattr(b, "compares", ())]
-    known = [name for b in comparing for name in b.compares]  # type: ignore
+    comparing = [b for b in benchmarks if getattr(b, "compared", ())]
+    known = [name for b in comparing for name in b.compared]  # type: ignore
     for name in request.require:
         if name not in known or reference is None:
             raise UserError(f"{name}: got no data and reference for it, expected both; {HOW}")

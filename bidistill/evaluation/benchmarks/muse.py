@@ -89,6 +89,11 @@ class Muse:
             )
         return found
 
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """Those of `compares` for which there are entries."""
+        return self.compares if self.texts else ()
+
     def check_reference(self, reference: Sequence[Item]) -> None:
         """Refuse a reference that lacks a text."""
         scores_of(reference, self.name, "min_k", [entry.id for entry, _ in self.texts])
