@@ -42,6 +42,11 @@ def test_text_of_a_model_that_has_it_by_heart(tmp_path, tokenizer):
     assert (found["x/perplexity"].value, found["x/min_k"].value) == (1, 0)
 
 
+def test_a_file_of_blank_texts_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"x\.jsonl: got blank texts alone, expected a document"):
+        Text.read([write_lines(tmp_path / "x.jsonl", [{"text": "  "}])], Draw())
+
+
 def test_long_texts_are_read_in_windows(tmp_path, tokenizer, model, monkeypatch):
     monkeypatch.setattr(texts, "WINDOW", 8)
     path = tmp_path / "story.txt"
