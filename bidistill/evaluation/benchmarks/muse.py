@@ -192,7 +192,10 @@ def _asked(file: Path, draw: Draw) -> list[tuple[Entry, str]]:
     shots = "".join(
         f"Question: {row.text('question')}\nAnswer: {row.text('answer')}\n\n" for row in rows
     )
-    return [(entry, shots) for entry in draw.of(file, f"knowmem/{file.stem}")]
+    entries = draw.of(file, f"knowmem/{file.stem}")
+    for entry in entries:
+        entry.scorable(muse.knowmem)
+    return [(entry, shots) for entry in entries]
 
 
 def _start(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

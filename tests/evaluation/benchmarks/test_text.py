@@ -117,6 +117,17 @@ def test_privleak_against_a_reference(corpus, tokenizer):
         corpus.check_reference([item for item in reference if item["id"] != "privleak/forget/1"])
 
 
+def test_an_answer_that_cannot_be_scored_shows_before_a_model_is_asked(tmp_path):
+    """MUSE's ROUGE sees the letters a to z alone, RWKU's what is not a full stop."""
+    folder = write_muse(tmp_path / "muse")
+    write_lines(folder / "knowmem/retain2_qa.json", [{"question": "Who?", "answer": "Цюрих"}])
+    with pytest.raises(UserError, match=r"retain2_qa\.json\S*: reference: got 'Цюрих', which has"):
+        Muse.read([folder], Draw())
+    rows = [{"query": "Who?", "answer": "...", "level": "2", "type": "x"}]
+    with pytest.raises(UserError, match=r"level2\.json\S*: answer: got '\.\.\.', which has no"):
+        Rwku.read([write_lines(tmp_path / "level2.json", rows)], Draw())
+
+
 def test_muse_without_a_part_or_without_solved_questions(tmp_path, tokenizer):
     with pytest.raises(UserError, match="got a folder without verbmem"):
         Muse.read([tmp_path], Draw())
