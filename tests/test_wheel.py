@@ -49,7 +49,11 @@ def test_native_wheel(tmp_path):
     assert wheel.name.split("-", 2)[2].startswith("py3-none-linux")
     tops = {name.split("/")[0].removesuffix(".dist-info") for name in names}
     assert {top.partition("-")[0] for top in tops} == {"bidistill", "bidistill_kernels"}
-    assert "bidistill/evaluation/templates/report.html.j2" in names
+    for data in (
+        *("evaluation/templates/report.html.j2", "evaluation/templates/compare.html.j2"),
+        *("baselines/methods.yaml", "demo/recipe.yaml"),
+    ):
+        assert f"bidistill/{data}" in names
     assert not [name for name in names if name.endswith((".cpp", ".h", ".hpp", ".pyc"))]
 
 

@@ -22,9 +22,10 @@ from bidistill.evaluation import write_items
 from bidistill.evaluation.attacks import attack
 from bidistill.evaluation.axes import evaluate
 from bidistill.evaluation.instructed import Instructed
+from bidistill.evaluation.model import load
 from bidistill.evaluation.probes import read_probes
 from bidistill.files import write_json, write_text
-from bidistill.loading import load_base, load_tokenizer
+from bidistill.loading import load_tokenizer
 from bidistill.progress import say
 
 
@@ -39,7 +40,7 @@ def work(folder: Path) -> None:
     """
     start = time.perf_counter()
     job: dict[str, Any] = yaml.safe_load((folder / CELL).read_text(encoding="utf-8"))
-    model = load_base(job["model"]) if job["train"] is None else _trained(folder, job)
+    model = load(job["model"]) if job["train"] is None else _trained(folder, job)
     tokenizer = load_tokenizer(job["model"])
     if job["context"]:
         tokenizer = cast(PreTrainedTokenizerBase, Instructed(tokenizer, job["context"]))
@@ -81,11 +82,8 @@ def _trained(folder: Path, job: dict[str, Any]) -> PreTrainedModel:
     config = load_config(folder / RECIPE)
     result = train.main(config, resume=(folder / run_folder.RUN).exists())
     if config.model.adapter is None:
-        return load_base(result)
-    from peft import PeftModel
-
-    model = PeftModel.from_pretrained(load_base(job["model"]), result)  # type: ignore
-    return model.merge_and_unload()  # type: ignore
+        return load(result)
+    return load(job["model"], result, merge=True)
 
 
 def _gradients(folder: Path, job: dict[str, Any]) -> dict[str, Any] | None:

@@ -3,12 +3,7 @@
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from bidistill.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from typing import Any
 
 # Heavy modules are imported where they are used: a report is made without a model.
 
@@ -74,20 +69,3 @@ def write_items(path: Path | str, items: Iterable[dict[str, Any]]) -> None:
     from bidistill.files import write_text
 
     write_text(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
-
-
-def _load(model_dir: Path | str, adapter: Path | str | None) -> "PreTrainedModel":
-    """The model, on the GPU if there is one, with its adapter."""
-    from bidistill.loading import load_base
-
-    model = load_base(model_dir)
-    if adapter is None:
-        return model
-    if not (Path(adapter) / "adapter_model.safetensors").is_file():
-        raise UserError(
-            f"adapter: got {adapter}, expected a folder with adapter_model.safetensors; "
-            "give the folder that training saved"
-        )
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(model, adapter)  # type: ignore

@@ -24,6 +24,7 @@ from bidistill.evaluation.benchmarks.entries import Draw
 from bidistill.evaluation.benchmarks.kinds import Benchmark, read_all
 from bidistill.evaluation.benchmarks.reference import HOW, read_reference
 from bidistill.evaluation.measures import Item, Meaning, Measure, mean_of
+from bidistill.evaluation.model import load
 from bidistill.evaluation.probes import Probe, read_probes
 from bidistill.evaluation.tables import measures_table, rates_table
 from bidistill.files import require_writable, write_json
@@ -120,8 +121,8 @@ def read_questions(request: Request) -> Questions:
     probes = [] if request.probes is None else read_probes(request.probes)
     benchmarks = read_all(request.data, Draw(request.limit, request.seed))
     reference = None if request.reference is None else read_reference(request.reference)
-    comparing = [b for b in benchmarks if getattr(b, "compares", ())]
-    known = [name for b in comparing for name in b.compares]  # type: ignore
+    comparing = [b for b in benchmarks if getattr(b, "compared", ())]
+    known = [name for b in comparing for name in b.compared]  # type: ignore
     for name in request.require:
         if name not in known or reference is None:
             raise UserError(f"{name}: got no data and reference for it, expected both; {HOW}")
@@ -138,9 +139,7 @@ def read_questions(request: Request) -> Questions:
 
 def _answers(model_dir: Path, adapter: Path | None, questions: Questions, world: World) -> Answers:
     """Load a model, ask it everything, and let go of it."""
-    from bidistill.evaluation import _load
-
-    model, tokenizer = _load(model_dir, adapter), load_tokenizer(model_dir)
+    model, tokenizer = load(model_dir, adapter), load_tokenizer(model_dir)
     answers = Answers()
     if questions.probes:
         answers.probes, items = evaluate(

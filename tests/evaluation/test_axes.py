@@ -1,6 +1,7 @@
 """Every rate at its floor and at its ceiling: models with a fixed habit have known scores."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -234,3 +235,13 @@ def test_run_refuses_an_adapter_without_safetensors_and_leaves_nothing(checkpoin
             checkpoint / "model", checkpoint, checkpoint / "probes.jsonl", checkpoint / "out"
         )
     assert not (checkpoint / "out").exists()
+
+
+def test_what_the_question_says_is_no_leak():
+    """As under attacks: it leaves the denominator. What is kept is right whoever said it first."""
+    question = "Is Onhava the capital of Zembla?"
+    forget = replace(capital_probe("Zembla", "Onhava"), question=question)
+    items = [judge(forget, 0, "", "I don't know whether it is Onhava.")]
+    assert items[0]["leak"] is None
+    assert summarise(items)["n"]["forget_leak_rate"] == 0
+    assert judge(replace(forget, group="neighbor"), 0, "", "Yes, Onhava.")["leak"] is True

@@ -167,6 +167,14 @@ def test_a_reference_is_the_items_of_the_same_command(folder):
         ({"data": ["{}/out.jsonl"]}, "got entries with 'question', expected data of a known kind"),
         ({"data": ["{}/model"]}, r"got a folder of no benchmark's layout, .*--data KIND=.*model"),
         ({"data": ["{}/facts.jsonl"], "reference": "{}/out.jsonl"}, "--reference: got it without"),
+        (
+            {
+                "data": ["{}/tofu/retain_perturbed.json"],
+                "reference": "{}/out.jsonl",
+                "require": ["forget_quality"],
+            },
+            "forget_quality: got no data and reference for it",
+        ),
         ({"data": []}, "eval: got neither --probes nor --data"),
     ],
 )

@@ -5,17 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-from transformers import PreTrainedModel
-
 from bidistill.about import commit, versions
-from bidistill.errors import UserError
 from bidistill.evaluation import write_items
 from bidistill.evaluation.attacks.registry import NAMES, attack, check_names, require_forget
 from bidistill.evaluation.attacks.table import table
+from bidistill.evaluation.model import load
 from bidistill.evaluation.probes import Probe, read_probes
 from bidistill.files import file_sha256, require_writable, write_json, write_text
-from bidistill.loading import load_base, load_tokenizer
+from bidistill.loading import load_tokenizer
 from bidistill.progress import say
 
 
@@ -94,18 +91,5 @@ def _attack(
     label: str,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Load, attack, and let go: only one model is in memory at a time."""
-    model = _load(model_dir, adapter)
+    model = load(model_dir, adapter, merge=True)
     return attack(model, load_tokenizer(model_dir), probes, names, seed=seed, label=label)
-
-
-def _load(model_dir: Path | str, adapter: Path | str | None) -> PreTrainedModel:
-    """The model, with the adapter's change in the weights themselves."""
-    if adapter is not None and not (Path(adapter) / "adapter_model.safetensors").is_file():
-        raise UserError(
-            f"adapter: got {adapter}, expected a folder with adapter_model.safetensors; "
-            "give the folder that training saved"
-        )
-    model = load_base(model_dir)
-    if adapter is None:
-        return model
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload()  # type: ignore

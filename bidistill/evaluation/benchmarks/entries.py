@@ -1,7 +1,7 @@
 """The entries of a benchmark's files: all, or a seeded draw of each file."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,20 @@ class Entry:
         if item is None:
             raise UserError(f"{self.row.where}: got a blank text, expected words; take it out")
         return item
+
+    def scorable(self, score: Callable[[str, str], float]) -> None:
+        """Refuse an answer that no reply can be compared with, before a model is asked.
+
+        Args:
+            score: of a reply and an answer.
+
+        Raises:
+            UserError: says where the entry stands.
+        """
+        try:
+            score("", self.row.text("answer"))
+        except UserError as error:
+            raise UserError(f"{self.row.where}: {error}") from None
 
     def result(
         self, benchmark: str, sha256: str, reply: str | None, scores: dict[str, Any], set: str = ""

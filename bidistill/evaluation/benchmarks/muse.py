@@ -89,6 +89,11 @@ class Muse:
             )
         return found
 
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """Those of `compares` for which there are entries."""
+        return self.compares if self.texts else ()
+
     def check_reference(self, reference: Sequence[Item]) -> None:
         """Refuse a reference that lacks a text."""
         scores_of(reference, self.name, "min_k", [entry.id for entry, _ in self.texts])
@@ -187,7 +192,10 @@ def _asked(file: Path, draw: Draw) -> list[tuple[Entry, str]]:
     shots = "".join(
         f"Question: {row.text('question')}\nAnswer: {row.text('answer')}\n\n" for row in rows
     )
-    return [(entry, shots) for entry in draw.of(file, f"knowmem/{file.stem}")]
+    entries = draw.of(file, f"knowmem/{file.stem}")
+    for entry in entries:
+        entry.scorable(muse.knowmem)
+    return [(entry, shots) for entry in entries]
 
 
 def _start(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

@@ -99,6 +99,7 @@ def _probe(entry: Entry) -> Probe:
     row = entry.row
     if "query" not in row.values:
         return Probe(entry, Prompt(f"Instruction: {row.text('instruction')}\n"), None)
+    entry.scorable(rouge_l_recall)
     return Probe(entry, _prompt(row), row.text("answer"))
 
 

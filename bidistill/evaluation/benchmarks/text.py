@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bidistill.data.sources.rows import shown
 from bidistill.data.sources.shapes import recognise
 from bidistill.errors import UserError
 from bidistill.evaluation.asking import Asker
@@ -66,7 +67,11 @@ class Text:
 
 
 def documents(path: Path, draw: Draw, name: str | None = None) -> list[tuple[Entry, str]]:
-    """Entries of a file with their texts."""
+    """Entries of a file with their texts; blank ones are left out.
+
+    Raises:
+        UserError: it cannot be read, holds no document, or holds questions.
+    """
     found = []
     for entry in draw.of(path, name):
         item = recognise(entry.row).item(entry.row)
@@ -77,6 +82,10 @@ def documents(path: Path, draw: Draw, name: str | None = None) -> list[tuple[Ent
             )
         if item is not None and item.text:
             found.append((entry, item.text))
+    if not found:
+        raise UserError(
+            f"{shown(path)}: got blank texts alone, expected a document; check the file"
+        )
     return found
 
 

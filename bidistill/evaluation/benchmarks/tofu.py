@@ -89,6 +89,11 @@ class Tofu:
         found = [_question(e, name) for name, file in by_set.items() for e in draw.of(file)]
         return cls(tuple(found))
 
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """Those of `compares` for which there are entries."""
+        return self.compares if self._forget_ids() else ()
+
     def check_reference(self, reference: Sequence[Item]) -> None:
         """Refuse a reference that lacks an item of the forget set."""
         scores_of(reference, self.name, "truth_ratio", self._forget_ids())

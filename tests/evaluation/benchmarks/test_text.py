@@ -42,6 +42,11 @@ def test_text_of_a_model_that_has_it_by_heart(tmp_path, tokenizer):
     assert (found["x/perplexity"].value, found["x/min_k"].value) == (1, 0)
 
 
+def test_a_file_of_blank_texts_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"x\.jsonl: got blank texts alone, expected a document"):
+        Text.read([write_lines(tmp_path / "x.jsonl", [{"text": "  "}])], Draw())
+
+
 def test_long_texts_are_read_in_windows(tmp_path, tokenizer, model, monkeypatch):
     monkeypatch.setattr(texts, "WINDOW", 8)
     path = tmp_path / "story.txt"
@@ -110,6 +115,17 @@ def test_privleak_against_a_reference(corpus, tokenizer):
     assert leak == {"before": -100, "retrained": 0}
     with pytest.raises(UserError, match="got no min_k of privleak/forget/1, expected one; train"):
         corpus.check_reference([item for item in reference if item["id"] != "privleak/forget/1"])
+
+
+def test_an_answer_that_cannot_be_scored_shows_before_a_model_is_asked(tmp_path):
+    """MUSE's ROUGE sees the letters a to z alone, RWKU's what is not a full stop."""
+    folder = write_muse(tmp_path / "muse")
+    write_lines(folder / "knowmem/retain2_qa.json", [{"question": "Who?", "answer": "Цюрих"}])
+    with pytest.raises(UserError, match=r"retain2_qa\.json\S*: reference: got 'Цюрих', which has"):
+        Muse.read([folder], Draw())
+    rows = [{"query": "Who?", "answer": "...", "level": "2", "type": "x"}]
+    with pytest.raises(UserError, match=r"level2\.json\S*: answer: got '\.\.\.', which has no"):
+        Rwku.read([write_lines(tmp_path / "level2.json", rows)], Draw())
 
 
 def test_muse_without_a_part_or_without_solved_questions(tmp_path, tokenizer):
