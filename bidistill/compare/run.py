@@ -22,11 +22,14 @@ from bidistill.config import load_config
 from bidistill.errors import UserError
 from bidistill.evaluation.attacks import check_names, require_forget
 from bidistill.evaluation.probes import read_probes
+from bidistill.files import write_text
 from bidistill.progress import say
 
 FAILED, INTERRUPTED = 1, 130
 SHARED = "shared"
 """Folder of what all cells use."""
+MADE_BY = "made_by.txt"
+"""There: checksum of the sources that the demo's data were made by."""
 
 
 class Inputs(NamedTuple):
@@ -86,15 +89,22 @@ def _inputs(config: CompareConfig, *, make: bool) -> Inputs:
         assert config.model, "load_compare checks"
         assert config.probes, "load_compare checks"
         return Inputs(config.model, None, config.probes)
-    from bidistill.demo.prepare import PROBES, RECORDS, prepare
+    from bidistill.demo.prepare import PROBES, RECORDS, prepare, sources_sha256
     from bidistill.loading import load_base, load_tokenizer
     from bidistill.pretrained import smollm2
 
     folder, model = config.output / SHARED, smollm2()
+    made_by = folder / MADE_BY
     if not (folder / PROBES).exists():  # written after the records
         if not make:
             raise _nothing(config)
+        write_text(made_by, sources_sha256())
         prepare(load_base(model), load_tokenizer(model), folder, seed=0)
+    elif not made_by.exists() or made_by.read_text(encoding="utf-8") != sources_sha256():
+        raise UserError(
+            f"{folder}: got the data of another version of the demo, expected this one's; choose "
+            "another output, or delete this one"
+        )
     return Inputs(str(model), str(folder / RECORDS), folder / PROBES)
 
 

@@ -1,6 +1,7 @@
 """What the demo's model knows before training, and the data that follow from it."""
 
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ PROBES = Path("data") / "probes.jsonl"
 """What is measured."""
 BEFORE = "items_before.jsonl"
 """The model's replies to the probes before training."""
+
+
+def sources_sha256() -> str:
+    """Checksum of what the data are made by: facts and code of the demo."""
+    digest = sha256()
+    for file in sorted(Path(__file__).parent.glob("*")):
+        if file.suffix in (".py", ".csv"):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def prepare(

@@ -183,6 +183,28 @@ def test_table_only_makes_nothing(tmp_path, monkeypatch, recipe):
     assert not config.output.exists()
 
 
+def test_the_demo_s_data_of_another_version_are_not_used(tmp_path, monkeypatch):
+    config, _ = make(tmp_path)
+    config = replace(config, demo=True, model=None, probes=None)
+    made = []
+
+    def prepare(model, tokenizer, folder, seed):
+        (folder / "data" / "probes.jsonl").parent.mkdir(parents=True)
+        (folder / "data" / "probes.jsonl").write_text("{}\n")
+        made.append(seed)
+
+    monkeypatch.setattr("bidistill.pretrained.smollm2", lambda: tmp_path)
+    monkeypatch.setattr("bidistill.loading.load_base", lambda _: None)
+    monkeypatch.setattr("bidistill.loading.load_tokenizer", lambda _: None)
+    monkeypatch.setattr("bidistill.demo.prepare.prepare", prepare)
+    inputs = run_module._inputs(config, make=True)
+    assert run_module._inputs(config, make=False) == inputs
+    assert made == [0]
+    monkeypatch.setattr("bidistill.demo.prepare.sources_sha256", lambda: "other")
+    with pytest.raises(UserError, match="got the data of another version of the demo"):
+        run_module._inputs(config, make=True)
+
+
 def test_without_the_model_before_there_is_no_table(tmp_path, monkeypatch, capsys):
     """Else the first method would stand in its place, as the best there can be."""
     config, cells = make(tmp_path)
