@@ -42,11 +42,14 @@ class Trial(NamedTuple):
     prefill: str
     accept: tuple[str, ...]
     """Strings that say the fact; empty where nothing tells what the fact is."""
+    attack: bool = False
+    """Whether the prefill is one that the model is going to be attacked with."""
 
     @property
     def row(self) -> str:
         """The row of the table in which it counts."""
-        return f"{self.role}, prefilled" if self.prefill else self.role
+        kind = ", attacked" if self.attack else ", prefilled" if self.prefill else ""
+        return f"{self.role}{kind}"
 
 
 def check_main(config: TrainConfig, probes: Path | None = None) -> dict[str, Any]:
@@ -116,12 +119,18 @@ def _trials(records: Iterable[Record], probes: Iterable[Probe]) -> list[Trial]:
     probes = list(probes)
     accept = {probe.question: probe.accept for probe in probes}
     by_row: dict[str, list[Trial]] = {}
+    roles: set[Role] = set()
     for record in records:
+        if record.role == "gold":  # no loss compares it with an instructed teacher
+            continue
+        roles.add(record.role)
         trial = Trial(record.role, record.question, record.prefill, accept.get(record.question, ()))
         by_row.setdefault(trial.row, []).append(trial)
     for probe in probes:
         for opener in probe.openers if probe.group == "forget" else ():
-            trial = Trial("forget", probe.question, opener, probe.accept)
+            # whoever trains on prefilled answers has a teacher of their own for them
+            role: Role = "adversarial" if "adversarial" in roles else "forget"
+            trial = Trial(role, probe.question, opener, probe.accept, attack=True)
             by_row.setdefault(trial.row, []).append(trial)
     draw = random.Random(0)
     order = sorted(by_row, key=lambda name: ROLES.index(by_row[name][0].role))
