@@ -34,7 +34,7 @@ from bench.measure import QUANTILES, Record, reason, time_in_turn
 from bench.meter import Budget, Meter, Step, quantile
 from bidistill.data.build import build_store
 from bidistill.data.loader import RoleLoader
-from bidistill.data.records import ROLES, Role
+from bidistill.data.records import Role
 from bidistill.data.store import TokenStore
 
 OURS, WITH_TEACHER = "bidistill", "bidistill, student and teacher"
@@ -77,10 +77,10 @@ class Epoch(NamedTuple):
 
 def write_records(path: Path, count: int) -> None:
     """Write records of invented questions, 5 to 60 words long, all roles alike."""
-    draw = random.Random(SEED)
+    draw, roles = random.Random(SEED), list(PER_STEP)
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
-            role = ROLES[number % len(ROLES)]
+            role = roles[number % len(roles)]
             words = draw.choices(WORDS, k=int(5 + 55 * draw.random() ** 3))
             answer = "I cannot say that." if role in CONTEXTS else " ".join(words[:12])
             record = {

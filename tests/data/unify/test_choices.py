@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bidistill.data.items import Item
@@ -105,6 +105,8 @@ OPTIONS = st.text(st.sampled_from("aC. 1\n"), min_size=1, max_size=8)
 @settings(deadline=None)
 @given(st.lists(OPTIONS, min_size=2, max_size=26, unique=True), st.data())
 def test_options_can_be_taken_out_again(options, data):
+    # one that goes on as the next option would cannot be told from two
+    assume(not any("\nC. " in option for option in options))
     right = data.draw(st.sampled_from(options))
     question = "Consider:\nA. Ur\nB. Kish\nWhich is older?"
     item = replace(ITEM, question=question, choices=tuple(options), answer=right)
