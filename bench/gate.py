@@ -5,7 +5,8 @@
 
 Compared are ratios to the bare matrix products, timed in turn with ours, never times: these differ
 between machines and hours. The tolerance of a case is twice the largest deviation among repeated
-runs. A case beyond it is measured again, as a neighbour on the machine may have slowed it down.
+runs. A case beyond it is measured again a little later, up to three times, as a neighbour on the
+machine may have slowed it down: what is slower by itself is so each time.
 Ratios of another processor, instruction set or number of threads say nothing, so there the gate
 compares nothing and says so.
 """
@@ -13,6 +14,7 @@ compares nothing and says so.
 import argparse
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -31,7 +33,8 @@ from bench.report.stored import times
 from bidistill.files import write_text
 
 EXPECTED = record.ROOT / "bench" / "gate.json"
-AGAIN = 2
+AGAIN = 3
+PAUSE_S = 20.0  # a neighbour that slows one measurement down may slow the next one, too
 LEAST_TOLERANCE = 0.05
 MOST_TOLERANCE = 0.3  # a noisier machine has nothing to say
 MEMORY_BYTES = 8 << 20  # what the allocator's own pages may add to a peak
@@ -156,6 +159,7 @@ def _best(case: Case, most: Measured, measure: Measure) -> Measured:
     for _ in range(AGAIN):
         if best.ratio <= most.ratio and best.peak_bytes <= most.peak_bytes:
             break
+        time.sleep(PAUSE_S)
         again = measure(case)
         peak = min(best.peak_bytes, again.peak_bytes)
         best = Measured(min(best.ratio, again.ratio), peak)
