@@ -40,8 +40,7 @@ def table(
         "Means over seeds; in brackets 95 % intervals by a bootstrap over items (Wilson's for one "
         "seed where all items agree). n: items. ↓ lower is better, ↑ higher is better.",
         _rates(rows, shown),
-        "## Each seed",
-        _seeds([row for row in rows if len(row.cells) > 1], shown),
+        *_seeds([row for row in rows if len(row.cells) > 1], shown),
         "## Five axes",
         "1 is best; what is to be kept as a share of the model before; robustness is the worst of "
         "prefilling and attacks.",
@@ -105,15 +104,17 @@ def _rates(rows: Sequence[Row], shown: Sequence[Measure]) -> str:
     return _lines(head, body)
 
 
-def _seeds(rows: Sequence[Row], shown: Sequence[Measure]) -> str:
+def _seeds(rows: Sequence[Row], shown: Sequence[Measure]) -> list[str]:
+    """The rates of each seed under a heading; nothing where no row has several."""
     if not rows:
-        return ""
+        return []
 
     def seeds(found: Estimate | None) -> str:
         return NOTHING if found is None else " · ".join(f"{value:.2f}" for value in found.seeds)
 
     head = ["method", *(measure.title for measure in shown)]
-    return _lines(head, [[r.name, *(seeds(r.estimates[m.key]) for m in shown)] for r in rows])
+    body = [[r.name, *(seeds(r.estimates[m.key]) for m in shown)] for r in rows]
+    return ["## Each seed", _lines(head, body)]
 
 
 def _axes(rows: Sequence[Row]) -> str:

@@ -257,8 +257,16 @@ def test_a_failed_or_missing_cell_is_named(done):
     shutil.rmtree(gone.folder)
     text = page.write(config, rows_of(config, cells), missing=[gone.name])
     assert "**Not complete**: npo, seed 1." in text
+    assert "## Each seed" in text
     numbers = json.loads((config.output / "compare.json").read_text())
     assert numbers["methods"]["npo"]["seeds"] == [0]
+
+
+def test_one_seed_has_no_table_of_seeds(tmp_path):
+    config, cells = make(tmp_path, seeds=[0])
+    for cell in cells:
+        finish(cell)
+    assert "## Each seed" not in page.write(config, rows_of(config, cells))
 
 
 @pytest.mark.parametrize("group", ["neighbor", "forget"])
