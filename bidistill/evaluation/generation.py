@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from bidistill.data.views import Message
 from bidistill.errors import UserError
+from bidistill.evaluation.padding import left_padded
 from bidistill.progress import track
 
 Prompt = tuple[str, str] | tuple[str, str, Sequence[Message]]
@@ -213,7 +214,7 @@ def _answer(
     stop = _stop_ids(model, tokenizer)
     answers: list[list[int]] = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # of the batch, still unfinished
-    ids, mask = _left_pad(prompts, model.device)
+    ids, mask = left_padded(prompts, model.device)
     position = (mask.cumsum(1) - 1).clamp(min=0)
     # Column c of a left-padded row is its token position[c] <= c: the first P columns hold nothing
     # but padding and tokens of the shared prefix, whose length is P.
@@ -251,17 +252,6 @@ def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set
     stop = config.eos_token_id if config is not None else None
     stop = stop if isinstance(stop, list) else [stop]
     return {token for token in (*stop, tokenizer.eos_token_id) if isinstance(token, int)}
-
-
-def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, shape (B, L). Padding is known by the mask, its id is 0."""
-    length = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        mask[row, length - len(prompt) :] = 1
-    return ids.to(device), mask.to(device)
 
 
 def _continuation(

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bidistill.errors import UserError
+from bidistill.evaluation.padding import left_padded
 from bidistill.models import without_dropout
 
 
@@ -73,7 +74,7 @@ def score(model: PreTrainedModel, spans: Sequence[Span]) -> list[Scored]:
     if not spans:
         return []
     rows = {inputs: row for row, inputs in enumerate(dict.fromkeys(s.inputs for s in spans))}
-    ids, mask = _left_pad(list(rows), model.device)
+    ids, mask = left_padded(list(rows), model.device)
     with without_dropout(model):
         logits = model(
             input_ids=ids,
@@ -99,14 +100,3 @@ def _of_rows(logits: Tensor, answer: Sequence[int]) -> tuple[Tensor, Tensor]:
     target = torch.tensor(answer, device=logits.device)
     chosen = logits.gather(1, target[:, None])[:, 0]
     return chosen - logits.logsumexp(1), logits.argmax(1)
-
-
-def _left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, shape (B, L); the id of padding is 0 and never looked at."""
-    length = max(map(len, rows))
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for at, row in enumerate(rows):
-        ids[at, length - len(row) :] = torch.tensor(row)
-        mask[at, length - len(row) :] = 1
-    return ids.to(device), mask.to(device)

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from bidistill.errors import UserError
 from bidistill.evaluation.attacks.attempt import Attempt, Item, Setting, described
 from bidistill.evaluation.attacks.count import rates, shown
-from bidistill.evaluation.attacks.padding import right_padded
 from bidistill.evaluation.axes import Rate
 from bidistill.evaluation.detectors import fact_is_open, find_fact
 from bidistill.evaluation.generation import evaluating, prompt_ids
+from bidistill.evaluation.padding import right_padded
 from bidistill.evaluation.probes import Probe
 from bidistill.models import backbone, transform_of_config, unwrapped
 

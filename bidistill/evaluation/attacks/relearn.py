@@ -18,7 +18,7 @@ from bidistill.evaluation.attacks.ask import ask
 from bidistill.evaluation.attacks.attempt import UNTOUCHED, Attempt, Item, Setting
 from bidistill.evaluation.attacks.count import rates
 from bidistill.evaluation.attacks.low_rank import low_rank
-from bidistill.evaluation.attacks.padding import right_padded
+from bidistill.evaluation.padding import right_padded
 from bidistill.evaluation.probes import Probe
 
 STEPS = (1, 2, 4, 8, 16)
