@@ -68,6 +68,19 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return raw
 
 
+def laid(under: Any, over: Any) -> Any:  # noqa: ANN401
+    """Lay plain values over others: mappings key by key; of anything else what lies over.
+
+    Example:
+        >>> laid({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}})
+        {'a': {'b': 1, 'c': 3}}
+    """
+    if not isinstance(under, dict) or not isinstance(over, dict):
+        return over
+    both = {key: laid(under[key], over[key]) for key in under.keys() & over.keys()}
+    return {**under, **over, **both}
+
+
 def check(kind: type[Settings], raw: object) -> Settings:
     """Make a `kind` of plain values such as YAML and JSON give.
 

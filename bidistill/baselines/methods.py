@@ -20,7 +20,7 @@ from typing import Any
 
 from bidistill.data.records import nearest
 from bidistill.errors import UserError
-from bidistill.settings import read
+from bidistill.settings import laid, read
 
 FILE = Path(__file__).with_name("methods.yaml")
 
@@ -49,7 +49,7 @@ def completed(recipe: dict[str, Any]) -> dict[str, Any]:
         )
     method, recipe = methods()[name], _said(recipe)
     _require_own(name, method, recipe)
-    return _laid(method, recipe)
+    return laid(method, recipe)
 
 
 def _require_own(name: str, method: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
@@ -81,11 +81,3 @@ def _said(recipe: dict[str, Any]) -> dict[str, Any]:
     if isinstance(data, dict) and data.get("per_step", ...) is None:
         recipe = {**recipe, "data": {k: v for k, v in data.items() if k != "per_step"}}
     return {k: v for k, v in recipe.items() if (k, v) != ("objectives", None)}
-
-
-def _laid(under: Any, over: Any) -> Any:  # noqa: ANN401
-    """Mappings key by key; of anything else what lies over."""
-    if not isinstance(under, dict) or not isinstance(over, dict):
-        return over
-    both = {key: _laid(under[key], over[key]) for key in under.keys() & over.keys()}
-    return {**under, **over, **both}

@@ -12,7 +12,6 @@
         metrics.json     rates and cost: written last, so a cell with it is done
 """
 
-import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from bidistill.compare.recipe import BASE, CompareConfig
 from bidistill.errors import UserError
 from bidistill.files import file_sha256, write_text
 from bidistill.loading import file_checksums
+from bidistill.settings import laid
 
 CELL, RECIPE, METRICS = "cell.yaml", "recipe.yaml", "metrics.json"
 ITEMS, ATTACKS = "items.jsonl", "attacks.jsonl"
@@ -147,12 +147,6 @@ def cells_of(config: CompareConfig, model: str, records: str | None, probes: Pat
     return list(rows())
 
 
-def fingerprint(cell: Cell) -> str:
-    """A short name for what a cell does, to tell results of one recipe from those of another."""
-    text = yaml.safe_dump(cell.job, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def recipe_of(config: CompareConfig, name: str, model: str, records: str | None) -> dict[str, Any]:
     """How a method trains: what all share, under its own settings; without seed and output.
 
@@ -163,9 +157,9 @@ def recipe_of(config: CompareConfig, name: str, model: str, records: str | None)
         records: as in :func:`cells_of`.
     """
     method = config.methods[name]
-    recipe = _merged(config.train, {"method": method.method, "model": {"path": model}})
+    recipe = laid(config.train, {"method": method.method, "model": {"path": model}})
     if records is not None:
-        recipe = _merged(recipe, {"data": {"train": records}})
+        recipe = laid(recipe, {"data": {"train": records}})
     for key, value in method.settings.items():
         _put(recipe, key.split("."), value)
     return recipe
@@ -197,13 +191,3 @@ def _put(recipe: dict[str, Any], path: Sequence[str], value: object) -> None:
         recipe[part] = dict(inner) if isinstance(inner, dict) else {}
         recipe = recipe[part]
     recipe[last] = value
-
-
-def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Both, key by key; what is not a mapping is replaced."""
-    result = dict(under)
-    for key, value in over.items():
-        old = result.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        result[key] = _merged(old, value) if both else value  # type: ignore
-    return result

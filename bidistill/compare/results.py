@@ -87,11 +87,6 @@ class Row:
             name: estimate([{name: columns.get(name, {})} for columns in seeds]) for name in names
         }
 
-    @property
-    def trained(self) -> bool:
-        """Whether its cells trained."""
-        return self.cells[0].seed is not None
-
     def value(self, measure: Measure) -> float | None:
         """The rate over all seeds."""
         found = self.estimates[measure.key]
