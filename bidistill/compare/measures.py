@@ -26,11 +26,6 @@ class Measure:
     """Of the replies to the probes, and of those under attacks."""
 
 
-def _rate(key: str) -> Callable[[Sequence[Item], Sequence[Item]], Columns]:
-    """A rate of plain questions, by its name in a summary."""
-    return lambda items, _: {"asked": _marks(outcomes(items)[key])}
-
-
 def _prefilled(items: Sequence[Item], _: Sequence[Item]) -> Columns:
     """Leaks at each depth of prefilling."""
     return {depth: _marks(at) for depth, at in outcomes(items)[ATTACKED].items() if at}
@@ -59,52 +54,27 @@ def _attacked(_: Sequence[Item], attacks: Sequence[Item]) -> Columns:
     }
 
 
-FORGET = Measure(
-    key="forget_leak_rate",
-    title="says the fact",
-    good="low",
-    columns=_rate("forget_leak_rate"),
-)
+def _asked(key: str, title: str, good: Literal["low", "high"]) -> Measure:
+    """A rate of plain questions, by its name in a summary."""
+    return Measure(
+        key=key,
+        title=title,
+        good=good,
+        columns=lambda items, _: {"asked": _marks(outcomes(items)[key])},
+    )
+
+
+FORGET = _asked("forget_leak_rate", "says the fact", "low")
 PREFILL = Measure(
     key="prefill_leak_rate.max", title="worst prefill", good="low", columns=_prefilled
 )
 ATTACK = Measure(key="attack_leak_rate.max", title="worst attack", good="low", columns=_attacked)
-NEIGHBOR = Measure(
-    key="neighbor_accuracy",
-    title="held-out neighbours",
-    good="high",
-    columns=_rate("neighbor_accuracy"),
-)
-TRAINED = Measure(
-    key="neighbor_train_accuracy",
-    title="trained neighbours",
-    good="high",
-    columns=_rate("neighbor_train_accuracy"),
-)
-RETAIN = Measure(
-    key="retain_accuracy",
-    title="general knowledge",
-    good="high",
-    columns=_rate("retain_accuracy"),
-)
-OVER_REFUSAL = Measure(
-    key="over_refusal_rate",
-    title="neighbours refused",
-    good="low",
-    columns=_rate("over_refusal_rate"),
-)
-REFUSAL = Measure(
-    key="forget_refusal_rate",
-    title="forgotten refused",
-    good="high",
-    columns=_rate("forget_refusal_rate"),
-)
-BROKEN = Measure(
-    key="gibberish_rate",
-    title="empty or broken",
-    good="low",
-    columns=_broken,
-)
+NEIGHBOR = _asked("neighbor_accuracy", "held-out neighbours", "high")
+TRAINED = _asked("neighbor_train_accuracy", "trained neighbours", "high")
+RETAIN = _asked("retain_accuracy", "general knowledge", "high")
+OVER_REFUSAL = _asked("over_refusal_rate", "neighbours refused", "low")
+REFUSAL = _asked("forget_refusal_rate", "forgotten refused", "high")
+BROKEN = Measure(key="gibberish_rate", title="empty or broken", good="low", columns=_broken)
 MEASURES = (
     *(FORGET, PREFILL, ATTACK, NEIGHBOR, OVER_REFUSAL, RETAIN),
     *(TRAINED, REFUSAL, BROKEN),
