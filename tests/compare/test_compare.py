@@ -19,6 +19,7 @@ from bidistill.compare.recipe import Limits, load_compare
 from bidistill.compare.results import rows_of, verdict
 from bidistill.errors import UserError
 from bidistill.evaluation.probes import write_probes
+from tests.browser import measured
 from tests.compare.invented import FORGET, NEIGHBORS, RECIPE, finish, make
 from tests.evaluation.invented import capital_probe
 
@@ -455,26 +456,6 @@ def test_the_page_has_all_methods_and_needs_nothing_else(html):
 @pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_draws_it_without_scrolling_sideways(html, width, tmp_path):
-    """Reads the width back through a page around it: headless chromium prints the DOM."""
-    measure = (
-        "onload = () => { const page = frames[0].document;"
-        " document.title = [page.documentElement.scrollWidth,"
-        " page.getElementById('count').textContent].join('|'); }"
-    )
-    (tmp_path / "inner.html").write_text(html, encoding="utf-8")
-    framed = tmp_path / "framed.html"
-    framed.write_text(
-        f'<body><iframe src="inner.html" style="border:0;width:{width}px;height:900px"></iframe>'
-        f"<script>{measure}</script>"
-    )
-    command = [
-        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        "--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'chromium'}",
-        "--window-size=1400,1000", "--dump-dom", framed.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    (measured,) = re.findall(r"<title>(.*?)</title>", done.stdout)
-    scroll_width, count = measured.split("|")
-    assert int(scroll_width) <= width
+    scroll_width, count = measured(html, width, tmp_path)
+    assert scroll_width <= width
     assert re.fullmatch(r"(\d+) of \1", count), "the page's own script ran under its policy"

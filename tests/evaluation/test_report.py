@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from bidistill.errors import UserError
 from bidistill.evaluation.figures import depth_bars, loss_curves
 from bidistill.evaluation.report import percent, render
+from tests.browser import measured
 from tests.evaluation.invented import HOSTILE, write_run
 
 VOID = {"meta", "input", "br"}
@@ -237,27 +237,7 @@ def test_depth_bars_by_hand():
 @pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_draws_it_without_scrolling_sideways(run_dir, width):
-    """Reads widths back through the page's own title: headless chromium prints the DOM."""
     html = render(run_dir).read_text(encoding="utf-8")
-    framed = run_dir / "framed.html"
-    measure = (
-        "onload = () => { const page = frames[0].document;"
-        " document.title = [page.documentElement.scrollWidth,"
-        " page.getElementById('count').textContent].join('|'); }"
-    )
-    (run_dir / "inner.html").write_text(html, encoding="utf-8")
-    framed.write_text(
-        f'<body><iframe src="inner.html" style="border:0;width:{width}px;height:900px"></iframe>'
-        f"<script>{measure}</script>"
-    )
-    command = [
-        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        "--allow-file-access-from-files", f"--user-data-dir={run_dir / 'chromium'}",
-        "--window-size=1400,1000", "--dump-dom", framed.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    (measured,) = re.findall(r"<title>(.*?)</title>", done.stdout)
-    scroll_width, count = measured.split("|")
-    assert int(scroll_width) <= width
+    scroll_width, count = measured(html, width, run_dir)
+    assert scroll_width <= width
     assert count == "132 of 132", "the page's own script should have run under its policy"
