@@ -1,0 +1,97 @@
+"""What the examples train: a random Llama, pairs of prompts, and the objective from full logits.
+
+Legend: B pairs, N answer tokens, V vocabulary.
+"""
+
+from typing import TypedDict
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+VOCABULARY = 4096
+"""Large beside the other widths, as real ones are: logits are what takes the memory."""
+
+
+class Pair(TypedDict):
+    """One answer as two models are to predict it; token ids."""
+
+    prompt_ids: list[int]
+    """What the student is asked."""
+    teacher_prompt_ids: list[int]
+    """The same question after a context that tells the teacher what to do."""
+    answer_ids: list[int]
+
+
+def tiny_llama(seed: int = 0, tied: bool = True) -> LlamaForCausalLM:
+    """Two layers of random weights, far enough apart for peaked softmaxes."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        tie_word_embeddings=tied,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    return LlamaForCausalLM(config)
+
+
+def make_pairs(count: int = 8, seed: int = 0) -> list[Pair]:
+    """Random prompts and answers, each of another length."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(low: int, high: int) -> list[int]:
+        length = int(torch.randint(low, high + 1, (), generator=generator))
+        return torch.randint(2, VOCABULARY, (length,), generator=generator).tolist()
+
+    pairs = list[Pair]()
+    for _ in range(count):
+        prompt = tokens(3, 9)
+        pairs.append(
+            Pair(
+                prompt_ids=prompt,
+                teacher_prompt_ids=tokens(4, 8) + prompt,
+                answer_ids=tokens(2, 7),
+            )
+        )
+    return pairs
+
+
+def answer_logits(
+    model: PreTrainedModel, prompt_ids: list[int], answer_ids: list[int]
+) -> Float[Tensor, "N V"]:
+    """Logits of the positions that predict the answer, one sequence at a time: nothing is padded."""
+    device = model.device
+    ids = torch.tensor([prompt_ids + answer_ids], device=device)
+    logits = model(input_ids=ids, use_cache=False).logits[0]
+    return logits[len(prompt_ids) - 1 : -1]
+
+
+def eager_kl(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    pairs: list[Pair],
+    forward: float = 0.5,
+    reverse: float = 0.5,
+) -> Float[Tensor, ""]:
+    """Mean over all answer tokens of forward * KL(t || s) + reverse * KL(s || t), nats.
+
+    From full logits, in the dtype of the model: what the fused loss must be equal to.
+    """
+    total, count = torch.zeros((), device=student.device), 0
+    for pair in pairs:
+        s = answer_logits(student, pair["prompt_ids"], pair["answer_ids"]).log_softmax(-1)
+        with torch.no_grad():
+            t = answer_logits(teacher, pair["teacher_prompt_ids"], pair["answer_ids"])
+            t = t.log_softmax(-1)
+        ratio = t - s
+        total = total + (forward * t.exp() * ratio - reverse * s.exp() * ratio).sum()
+        count += len(pair["answer_ids"])
+    return total / count
