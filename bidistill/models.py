@@ -179,12 +179,11 @@ def hidden_rows(
         packed: what it reads.
         layer: number of the block that they are to leave, from 0; None: the last hidden states.
     """
+    if isinstance(packed, Padded):
+        assert layer is None, "losses that read a layer come packed"
+        return packed.rows(backbone(model)(**packed.inputs, use_cache=False).last_hidden_state)
     device, taken = compute_device(model), list[Tensor]()
     taking = nullcontext() if layer is None else _output_of(blocks(model)[layer], taken)
-    if isinstance(packed, Padded):
-        with taking:
-            output = backbone(model)(**packed.inputs, use_cache=False)
-        return packed.rows(output.last_hidden_state if layer is None else taken[0])
     with use_packed_attention(unwrapped(model)), taking:
         # without use_cache=False a cache is built even in training
         output = backbone(model)(
