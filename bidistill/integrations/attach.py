@@ -135,7 +135,7 @@ def detach(model: Model) -> Model:
         UserError: nothing is attached.
     """
     attachment: Attachment | None = vars(model).get(STATE)
-    if attachment is None:
+    if attachment is None or "forward" not in vars(model):
         raise UserError(
             f"model: got a {type(model).__name__} with no loss attached, expected what attach() "
             "returned; detach(accelerator.unwrap_model(model)) where it is wrapped"

@@ -246,6 +246,8 @@ def test_refuses_a_second_loss_and_other_modules():
     for twice in (model, model.get_base_model()):
         with pytest.raises(UserError, match=r"attached to it already.*call detach"):
             attach(twice)
+    with pytest.raises(UserError, match="no loss attached"):
+        detach(model.get_base_model())
     with pytest.raises(UserError, match=r"got a Linear, expected a causal language model"):
         attach(torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match=r"got a OptimizedModule.*before it is compiled"):
