@@ -404,9 +404,7 @@ def _verify_transform(model: nn.Module, transform: LogitTransform, name: str) ->
     ours = transform(seen["output"])
     scale = own.abs().max().item()
     error = (ours - own).abs().max().item() if ours.shape == own.shape else math.inf
-    # logits of 16 bits are rounded once more by each side
-    tolerance = max(TRANSFORM_TOLERANCE, 2 * torch.finfo(own.dtype).eps)
-    if not error <= tolerance * scale:
+    if not error <= TRANSFORM_TOLERANCE * scale:
         raise UserError(
             f"{name}: the logits of this {base.config.model_type} model differ by {error:.3g} "
             f"from {transform} of its LM head (largest logit {scale:.3g}), expected the same; "

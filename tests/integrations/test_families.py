@@ -114,7 +114,7 @@ def test_equals_its_own_logits(family, tied):
 
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "granite", "phi"])
-def test_in_16_bits_the_early_check_does_not_mistake_rounding(family):
+def test_the_early_check_takes_16_bits(family):
     model = attach(make(family, tied=False).bfloat16())
     assert model(**batch(pairs=pairs())).loss.isfinite()
 
