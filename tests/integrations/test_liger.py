@@ -22,6 +22,7 @@ LABELS = pytest.mark.parametrize("labelled", [True, False], ids=["labels", "all 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 # lanes beyond a row's end hold -inf: NumPy, which interprets Liger's kernels, warns of them
 INTERPRETED = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+PRECISIONS = torch.float64, torch.float32
 T = 1.7
 
 
@@ -106,10 +107,7 @@ def test_kl_equals_full_logits(dtype, reduction, labelled):
     loss = liger.LigerFusedLinearKLDivLoss(reduction, temperature=T)(*inputs[:2], probs, labels)
     assert loss.dtype == torch.float32
     got = with_gradients(loss, *inputs[:2])
-    wanted = (
-        kl_from_logits(inputs, probs, labels, reduction, d) for d in (torch.float64, torch.float32)
-    )
-    compare(got, *wanted)
+    compare(got, *(kl_from_logits(inputs, probs, labels, reduction, d) for d in PRECISIONS))
 
 
 @INTERPRETED
@@ -132,10 +130,7 @@ def test_kl_of_liger_is_the_same(theirs, reduction, labelled):
     inputs, probs, labels = case(torch.float32, labelled)
     loss = theirs.LigerFusedLinearKLDivLoss(reduction, temperature=T)(*inputs[:2], probs, labels)
     got = with_gradients(loss, *inputs[:2])
-    wanted = (
-        kl_from_logits(inputs, probs, labels, reduction, d) for d in (torch.float64, torch.float32)
-    )
-    compare(got, *wanted)
+    compare(got, *(kl_from_logits(inputs, probs, labels, reduction, d) for d in PRECISIONS))
 
 
 @INTERPRETED
