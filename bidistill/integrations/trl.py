@@ -178,8 +178,7 @@ def _plain(name: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tens
             "its own, expected one that its unit has gathered; leave the head in the root unit or "
             "with the final norm, or freeze it"
         )
-    parts: tuple[Any, ...] = weight, bias
-    whole = [None if part is None else part.detach().full_tensor() for part in parts]
+    whole: Any = [None if t is None else t.detach().full_tensor() for t in (weight, bias)]  # type: ignore
     return whole[0], whole[1]
 
 
