@@ -55,15 +55,21 @@ class SDFTTrainer(_SDFTTrainer):
     chunk_bytes: int | None = None
     """Of logits that exist at a time; None: the kernels' own choice, for ``topk_logits`` 64 MiB."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401
+        args: SDFTConfig | None = None,
+        *others: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
         """As TRL's; refuses what would not be the same loss.
 
         Raises:
             UserError: a model or an option that only TRL's own trainer serves.
         """
-        super().__init__(*args, **kwargs)
-        if self.use_teacher_server:
+        if args is not None and args.use_teacher_server:
             raise _refused("use_teacher_server", "no teacher is asked over the network")
+        super().__init__(model, args, *others, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise _refused("FSDP or DeepSpeed", "parameters must be whole, as under DDP")
         student, teacher = self._unwrapped(self.model), self._unwrapped(self.teacher_model)
