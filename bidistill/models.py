@@ -179,12 +179,11 @@ def hidden_rows(
         packed: what it reads.
         layer: number of the block that they are to leave, from 0; None: the last hidden states.
     """
+    if isinstance(packed, Padded):
+        assert layer is None, "losses that read a layer come packed"
+        return packed.rows(backbone(model)(**packed.inputs, use_cache=False).last_hidden_state)
     device, taken = compute_device(model), list[Tensor]()
     taking = nullcontext() if layer is None else _output_of(blocks(model)[layer], taken)
-    if isinstance(packed, Padded):
-        with taking:
-            output = backbone(model)(**packed.inputs, use_cache=False)
-        return packed.rows(output.last_hidden_state if layer is None else taken[0])
     with use_packed_attention(unwrapped(model)), taking:
         # without use_cache=False a cache is built even in training
         output = backbone(model)(
@@ -397,11 +396,14 @@ def _verify_transform(model: nn.Module, transform: LogitTransform, name: str) ->
     finally:
         for handle in handles:
             handle.remove()
+    if not torch.equal(seen.get("hidden", tokens), seen["input"]):
+        raise UserError(
+            f"{name}: got a {base.config.model_type} model, whose LM head is given something else "
+            "than the last hidden states, expected these; this architecture is not supported"
+        )
     ours = transform(seen["output"])
     scale = own.abs().max().item()
     error = (ours - own).abs().max().item() if ours.shape == own.shape else math.inf
-    if not torch.equal(seen["hidden"], seen["input"]):
-        error = math.inf  # the head is given something else than the last hidden states
     # logits of 16 bits are rounded once more by each side
     tolerance = max(TRANSFORM_TOLERANCE, 2 * torch.finfo(own.dtype).eps)
     if not error <= tolerance * scale:
