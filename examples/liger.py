@@ -3,17 +3,21 @@
 python examples/liger.py
 """
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Integer
-from tiny import make_pairs, tiny_llama
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from bidistill.integrations.liger import LigerFusedLinearJSD  # was: liger_kernel.transformers
 from bidistill_kernels import jsd_reference
+from examples.tiny import make_pairs, tiny_llama
 
 BETA = 0.5
 STEPS = 20

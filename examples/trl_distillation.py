@@ -5,21 +5,25 @@
     python examples/trl_distillation.py
 """
 
+import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from jaxtyping import Float
-from tiny import as_words, make_pairs, tiny_llama, word_tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback
 from trl import DistillationConfig
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from bidistill.integrations.trl import DistillationTrainer  # was: from trl
 from bidistill_kernels import bidirectional_kl_reference, jsd_reference
+from examples.tiny import as_words, make_pairs, tiny_llama, word_tokenizer
 
 STEPS = 12
 

@@ -5,22 +5,26 @@
     python examples/trl_sdft.py
 """
 
+import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from jaxtyping import Float
 from peft import LoraConfig
-from tiny import as_words, make_pairs, tiny_llama, word_tokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback
 from trl.experimental.sdft import SDFTConfig
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from bidistill.integrations.trl_sdft import SDFTTrainer  # was: from trl.experimental.sdft
 from bidistill_kernels import bidirectional_kl_reference, jsd_reference
+from examples.tiny import as_words, make_pairs, tiny_llama, word_tokenizer
 
 STEPS = 12
 

@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +20,6 @@ pytest.importorskip("trl", reason="trl is not installed")
 # trl 1.16 asks transformers 5.23 for what that has renamed since
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 BETAS = pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 PRECISIONS = torch.float64, torch.float32
 B, K, V = 3, 5, 150
@@ -39,9 +37,8 @@ def own():
 
 
 @pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("trl_distillation")
+def example():
+    return importlib.import_module("examples.trl_distillation")
 
 
 def case(beta):

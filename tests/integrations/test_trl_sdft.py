@@ -1,7 +1,6 @@
 """TRL's SDFTTrainer on hidden states: TRL's own in float64 is what it must be equal to."""
 
 import importlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
 ]
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 V = 4096
 LORA = {"r": 2, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 HEAD = {**LORA, "target_modules": ["q_proj", "lm_head"]}
@@ -45,9 +43,8 @@ SETTINGS = {"temperature": 1.3, "num_loss_tokens_to_skip": 1, "distillation_is_c
 
 
 @pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("trl_sdft")
+def example():
+    return importlib.import_module("examples.trl_sdft")
 
 
 @pytest.fixture
