@@ -7,8 +7,16 @@ from typing import TypedDict
 
 import torch
 from jaxtyping import Float
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 VOCABULARY = 4096
 """Large beside the other widths, as real ones are: logits are what takes the memory."""
@@ -95,3 +103,17 @@ def eager_kl(
         total = total + (forward * t.exp() * ratio - reverse * s.exp() * ratio).sum()
         count += len(pair["answer_ids"])
     return total / count
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """The word "w17" is token 17: for trainers that will have text and a tokenizer."""
+    vocabulary = {f"w{token}": token for token in range(VOCABULARY)}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    special = {"bos_token": "w0", "eos_token": "w1", "pad_token": "w1"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, padding_side="left", **special)
+
+
+def as_words(ids: list[int]) -> str:
+    """The text of these tokens."""
+    return " ".join(f"w{token}" for token in ids)

@@ -21,6 +21,11 @@ from bidistill_kernels.cross_entropy import (
     linear_cross_entropy,
 )
 from bidistill_kernels.jsd import LinearJSD, jsd, jsd_reference, linear_jsd
+from bidistill_kernels.kl_to_probs import (
+    LinearKLToProbs,
+    kl_to_probs_reference,
+    linear_kl_to_probs,
+)
 from bidistill_kernels.push_pull import (
     LinearPushPull,
     linear_push_pull,
@@ -42,6 +47,7 @@ __all__ = [
     "LinearBidirectionalKL",
     "LinearCrossEntropy",
     "LinearJSD",
+    "LinearKLToProbs",
     "LinearPushPull",
     "LinearTopKKL",
     "LogitTransform",
@@ -57,10 +63,12 @@ __all__ = [
     "info",
     "jsd",
     "jsd_reference",
+    "kl_to_probs_reference",
     "linear_bidirectional_kl",
     "linear_bild",
     "linear_cross_entropy",
     "linear_jsd",
+    "linear_kl_to_probs",
     "linear_push_pull",
     "linear_topk_kl",
     "push_pull",

@@ -100,8 +100,8 @@ def take_part(
         raise TypeError(f"vocab_parallel: got {got}, expected a VocabParallel")
     if not ROW_LOSSES[loss].dense:
         raise ValueError(
-            "vocab_parallel: got one with a loss of chosen ids, expected None; gather the head's "
-            "rows, or take bidirectional KL, JSD or cross-entropy"
+            "vocab_parallel: got one with a loss of chosen ids or of given probabilities, expected "
+            "None; gather the head's rows, or take bidirectional KL, JSD or cross-entropy"
         )
     if backend not in ("auto", "torch"):
         raise ValueError(

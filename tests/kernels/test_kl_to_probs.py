@@ -1,0 +1,139 @@
+"""KL to given probabilities: the definition, the fused form on the head, and edges."""
+
+import math
+
+import pytest
+import torch
+
+from bidistill_kernels import (
+    LinearKLToProbs,
+    LogitTransform,
+    bidirectional_kl_reference,
+    kl_to_probs_reference,
+    linear_kl_to_probs,
+)
+from bidistill_kernels._loss import fused_loss
+from tests.kernels.cases import make_inputs
+from tests.support import assert_close
+
+inf = torch.inf
+V = 300
+
+
+def probs_of(inputs):
+    return (inputs.teacher_hidden @ inputs.teacher_weight.T).softmax(-1)
+
+
+def on_logits(logits, probs, eps=1e-10):
+    """The loss of logits that exist: an infinite one cannot be the product with a head."""
+    sides = (logits,), (probs,)
+    return fused_loss("kl_to_probs", [eps], *sides, None, reduction="none", backend="torch")
+
+
+def test_reference_matches_definition():
+    """By hand: q = (3/4, 1/4, 0) against (1/2, 1/4, 1/4)."""
+    student = torch.tensor([[2.0, 1.0, 1.0]]).log()
+    q = torch.tensor([[0.75, 0.25, 0.0]])
+    expected = 0.75 * math.log(1.5)
+    torch.testing.assert_close(kl_to_probs_reference(student, q), torch.tensor([expected]))
+
+
+def test_is_the_forward_kl_where_probabilities_add_up():
+    inputs = make_inputs(6, 40)
+    student, teacher = (inputs[i] @ inputs[i + 1].T for i in (0, 2))
+    expected = bidirectional_kl_reference(student, teacher, forward=1.0, reverse=0.0)
+    torch.testing.assert_close(kl_to_probs_reference(student, teacher.softmax(-1)), expected)
+
+
+def test_gradcheck():
+    """Also of rows that do not add up to 1, and with zeros and a bound that bites."""
+    s = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    q = torch.rand(4, 7, dtype=torch.float64)
+    q[0, 2], q[1] = 0, q[1] / q[1].sum()
+    assert torch.autograd.gradcheck(lambda s: kl_to_probs_reference(s, q, eps=0.1), s)
+    assert torch.autograd.gradcheck(lambda s: on_logits(s, q, eps=0.1), s)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("chunk_bytes", [None, 3 * 2 * V * 4], ids=["one", "chunks"])
+def test_fused_with_transform_and_bias(dtype, chunk_bytes):
+    inputs = make_inputs(9, V)
+    probs = probs_of(inputs).to(dtype)
+    x, w, _, _, target = inputs.to(dtype)
+    bias = torch.randn(V, device=x.device).to(dtype).requires_grad_()
+    transform = LogitTransform(scale=1.3, softcap=9.0, temperature=1.5)
+    options = {"student_bias": bias, "student_transform": transform, "chunk_bytes": chunk_bytes}
+    loss = linear_kl_to_probs(x, w, probs, target, reduction="sum", **options)
+    got = [loss, *torch.autograd.grad(loss, (x, w, bias))]
+
+    def eager(dtype):
+        leaves = x64, w64, b64 = [a.detach().to(dtype).requires_grad_() for a in (x, w, bias)]
+        rows = kl_to_probs_reference(transform(x64 @ w64.T + b64), probs.to(dtype))
+        total = rows[target != -100].sum()
+        return [total, *torch.autograd.grad(total, leaves)]
+
+    results = zip(
+        ("loss", "dX", "dW", "dbias"), got, *map(eager, (torch.float64, torch.float32)), strict=True
+    )
+    for name, actual, expected64, own in results:
+        assert_close(name, actual, expected64, own.to(actual.dtype))
+
+
+def test_per_row_and_frozen_head():
+    """The other operation: rows with an upstream gradient of their own."""
+    inputs = make_inputs(9, V).to(torch.float32)
+    probs, upstream = probs_of(inputs), torch.rand(9, device=inputs.student_hidden.device)
+    x, w, target = inputs.student_hidden, inputs.student_weight.detach(), inputs.target
+    rows = linear_kl_to_probs(x, w, probs, target, reduction="none")
+
+    def eager(dtype):
+        h = x.detach().to(dtype).requires_grad_()
+        loss = kl_to_probs_reference(h @ w.to(dtype).T, probs.to(dtype))
+        loss = loss.masked_fill(target == -100, 0)
+        return loss, *torch.autograd.grad(loss @ upstream.to(dtype), h)
+
+    got = rows, *torch.autograd.grad(rows @ upstream, x)
+    for name, *values in zip(
+        ("loss", "dX"), got, *map(eager, (torch.float64, torch.float32)), strict=True
+    ):
+        assert_close(name, *values)
+
+
+def test_masked_ids_and_nan():
+    s, q = torch.randn(4, 20), torch.rand(4, 20)
+    s[0, 3], q[0, 3] = -inf, 0  # ruled out by both
+    s[1, 3] = -inf  # by the student alone
+    q[2, 4], s[3, 5] = torch.nan, torch.nan
+    s.requires_grad_()
+    loss = on_logits(s, q)
+    torch.testing.assert_close(loss[0], kl_to_probs_reference(s, q)[0])
+    assert loss[1] == inf
+    assert loss[2:].isnan().all()
+    (gradient,) = torch.autograd.grad(loss.sum(), s)
+    assert gradient[0].isfinite().all()
+    assert gradient[2:].isnan().any(-1).all()
+
+
+def test_statistics_and_module():
+    inputs = make_inputs(5, 20).to(torch.float32)
+    x, w, *_, target = inputs
+    probs = probs_of(inputs)
+    loss, stats = LinearKLToProbs(return_stats=True)(x, w, probs, target)
+    assert torch.equal(loss, linear_kl_to_probs(x, w, probs, target))
+    counts = target != -100
+    torch.testing.assert_close(loss, stats.per_token[counts].mean())
+    lse = (x @ w.T).logsumexp(-1).masked_fill(~counts, 0)
+    torch.testing.assert_close(stats.student_lse, lse.detach())
+
+
+REJECTED = {
+    "eps": ({"eps": -1.0}, ValueError, "eps: got -1.0"),
+    "backend": ({"backend": "triton"}, ValueError, "backend: got 'triton'"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), REJECTED.values(), ids=REJECTED)
+def test_rejects(options, error, message):
+    inputs = make_inputs(3, 20).to(torch.float32)
+    with pytest.raises(error, match=message):
+        linear_kl_to_probs(*inputs[:2], probs_of(inputs), **options)
