@@ -19,7 +19,7 @@ from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -28,6 +28,7 @@ from transformers.utils.generic import ModelOutput
 from bidistill.attention import use_packed_attention
 from bidistill.config import LoraSettings, ModelConfig
 from bidistill.data.packing import Packed
+from bidistill.data.padded import Padded
 from bidistill.errors import UserError
 from bidistill.head import augmented
 from bidistill.teacher.rows import TeacherRows, TeacherTopK
@@ -168,7 +169,9 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             module._disable_adapters = flag
 
 
-def hidden_rows(model: nn.Module, packed: Packed, layer: int | None = None) -> Float[Tensor, "N H"]:
+def hidden_rows(
+    model: nn.Module, packed: Packed | Padded, layer: int | None = None
+) -> Float[Tensor, "N H"]:
     """Hidden states that predict the answer tokens of ``packed``, in the order of its rows.
 
     Args:
@@ -176,6 +179,9 @@ def hidden_rows(model: nn.Module, packed: Packed, layer: int | None = None) -> F
         packed: what it reads.
         layer: number of the block that they are to leave, from 0; None: the last hidden states.
     """
+    if isinstance(packed, Padded):
+        assert layer is None, "losses that read a layer come packed"
+        return packed.rows(backbone(model)(**packed.inputs, use_cache=False).last_hidden_state)
     device, taken = compute_device(model), list[Tensor]()
     taking = nullcontext() if layer is None else _output_of(blocks(model)[layer], taken)
     with use_packed_attention(unwrapped(model)), taking:
@@ -217,22 +223,32 @@ def attach_distill_step(model: nn.Module) -> None:
     what a function makes of them and the head; ``model.own_rows(packed)`` those with its adapters
     on, as :class:`TeacherRows`.
     """
-    head = model.get_output_embeddings()  # type: ignore
-    head.forward = types.MethodType(_head_forward, head)
-    model.distill_step = types.MethodType(_distill_step, model)  # type: ignore
+    attach_head(model)
+    model.distill_step = types.MethodType(distill_step, model)  # type: ignore
     model.teacher_rows = types.MethodType(base_rows, model)  # type: ignore
     model.own_rows = types.MethodType(own_rows, model)  # type: ignore
 
 
-def _distill_step(
+def attach_head(model: nn.Module) -> None:
+    """Let the LM head of ``model`` run a loss; called without one, it is the head it was."""
+    head = model.get_output_embeddings()  # type: ignore
+    head.forward = types.MethodType(_head_forward, head)
+
+
+def runs_losses(head: nn.Module) -> bool:
+    """Whether `attach_head` has been at this very head, which whoever adds adapters replaces."""
+    return getattr(vars(head).get("forward"), "__func__", None) is _head_forward
+
+
+def distill_step(
     self: nn.Module,
-    student: Packed,
+    student: Packed | Padded,
     loss: Callable,
-    teacher: Packed | TeacherRows | TeacherTopK | None,
-) -> object:
-    """Teacher, student and loss in one method of the root module."""
+    teacher: Packed | Padded | TeacherRows | TeacherTopK | None,
+) -> Any:  # noqa: ANN401
+    """Teacher, student and loss in one method of the root module: see `attach_distill_step`."""
     layer = getattr(loss, "layer", None)
-    if isinstance(teacher, Packed):
+    if isinstance(teacher, Packed | Padded):
         teacher = TeacherRows(base_rows(self, teacher, layer=layer))
     hidden = hidden_rows(self, student, layer)
     if layer is not None:
@@ -244,7 +260,7 @@ def _distill_step(
 @torch.no_grad()
 def base_rows(
     model: nn.Module,
-    packed: Packed,
+    packed: Packed | Padded,
     read: Callable[..., Any] | None = None,
     layer: int | None = None,
 ) -> Any:  # noqa: ANN401
@@ -268,17 +284,18 @@ def base_rows(
 
 
 @torch.no_grad()
-def own_rows(model: nn.Module, packed: Packed, *, head: bool = False) -> TeacherRows:
+def own_rows(model: nn.Module, packed: Packed | Padded, *, head: bool = False) -> TeacherRows:
     """Hidden rows of the model as it is, without dropout.
 
     Args:
         model: its adapters are as they are found.
         packed: what it reads.
-        head: give its head too; one with an adapter is given anyway. Where the model is shared
-            out, it lasts until the ranks put their parts back (``distributed.put_back``).
+        head: give its head too; one that has an adapter, or is trained in place of the base's, is
+            given anyway. Where the model is shared out, it lasts until the ranks put their parts
+            back (``distributed.put_back``).
     """
     output: Any = model.get_output_embeddings()  # type: ignore
-    head |= isinstance(output, LoraLayer)
+    head |= isinstance(output, LoraLayer | ModulesToSaveWrapper)
     with without_dropout(model):
         hidden = hidden_rows(model, packed)
         if head:
@@ -288,13 +305,14 @@ def own_rows(model: nn.Module, packed: Packed, *, head: bool = False) -> Teacher
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation, and then as it was."""
-    training = model.training
+    """The model in evaluation, and then as it was, module by module."""
+    before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in before:
+            module.training = training
 
 
 def _head_forward(
@@ -310,25 +328,31 @@ def _head_forward(
         return type(self).forward(self, hidden, *args, **kwargs)
     weight, bias = self.weight, getattr(self, "bias", None)  # of the layer below an adapter
     if isinstance(teacher, TeacherRows) and teacher.weight is None:
-        teacher = TeacherRows(teacher.hidden, weight, bias)  # type: ignore
+        base = self.original_module if isinstance(self, ModulesToSaveWrapper) else self
+        teacher = TeacherRows(teacher.hidden, base.weight, getattr(base, "bias", None))  # type: ignore
     if isinstance(self, LoraLayer):
         hidden, weight = augmented(self, hidden)
     return fused(hidden, weight, bias, teacher)
 
 
-def read_logit_transform(model: nn.Module) -> LogitTransform:
+def read_logit_transform(model: nn.Module, name: str = "model.path") -> LogitTransform:
     """What the model does to the output of its head, read from its config and verified.
+
+    Args:
+        model: called once, on a few random tokens.
+        name: what the user knows it by.
 
     Raises:
         UserError: the model's own logits differ from the transformed output of its head.
     """
     transform = transform_of_config(unwrapped(model).config)
-    _verify_transform(model, transform)
+    _verify_transform(model, transform, name)
     return transform
 
 
 def transform_of_config(config: PreTrainedConfig) -> LogitTransform:
     """Scale, soft-cap and vocabulary limit by the fields that transformers models use."""
+    config = config.get_text_config()
     scale = math.prod(_present(config, SCALE_FIELDS))
     if divisor := getattr(config, "logits_scaling", None):
         # granite divides by it, hyperclovax multiplies
@@ -346,11 +370,13 @@ def _present(config: PreTrainedConfig, fields: Sequence[str]) -> list[float]:
 
 
 @torch.no_grad()
-def _verify_transform(model: nn.Module, transform: LogitTransform) -> None:
+def _verify_transform(model: nn.Module, transform: LogitTransform, name: str) -> None:
     """Compare with the model's own logits; this catches architectures not thought of."""
     base = unwrapped(model)
     tokens = torch.randint(
-        base.config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0)
+        base.config.get_text_config().vocab_size,
+        (1, 16),
+        generator=torch.Generator().manual_seed(0),
     ).to(compute_device(model))
     seen: dict[str, Tensor] = {}
 
@@ -375,9 +401,11 @@ def _verify_transform(model: nn.Module, transform: LogitTransform) -> None:
     error = (ours - own).abs().max().item() if ours.shape == own.shape else math.inf
     if not torch.equal(seen["hidden"], seen["input"]):
         error = math.inf  # the head is given something else than the last hidden states
-    if not error <= TRANSFORM_TOLERANCE * scale:
+    # logits of 16 bits are rounded once more by each side
+    tolerance = max(TRANSFORM_TOLERANCE, 2 * torch.finfo(own.dtype).eps)
+    if not error <= tolerance * scale:
         raise UserError(
-            f"model.path: the logits of this {base.config.model_type} model differ by {error:.3g} "
+            f"{name}: the logits of this {base.config.model_type} model differ by {error:.3g} "
             f"from {transform} of its LM head (largest logit {scale:.3g}), expected the same; "
             "this architecture is not supported"
         )

@@ -234,23 +234,34 @@ def check_options(role: Role, config: ObjectiveConfig) -> None:
     Raises:
         UserError: naming the option.
     """
-    loss = find(config.loss)
+    check_loss_options(f"objectives.{role}.options", config.loss, config.options)
+
+
+def check_loss_options(where: str, loss_name: str, options: Mapping[str, Any]) -> None:
+    """Refuse what is no argument of the loss, or common to all losses, or no value that it takes.
+
+    Args:
+        where: what the user knows the options by.
+        loss_name: whose they are.
+        options: by name.
+
+    Raises:
+        UserError: naming the option.
+    """
+    loss = find(loss_name)
     known = list(loss.options())
-    for name in config.options:
+    for name in options:
         if name not in known:
             hint = nearest(name, known) if known else "leave options out"
-            raise UserError(
-                f"objectives.{role}.options: got {name!r}, which is no option of {config.loss}; "
-                f"{hint}"
-            )
+            raise UserError(f"{where}: got {name!r}, which is no option of {loss_name}; {hint}")
     try:  # the loss itself knows which values it takes
         rows, head, none = torch.zeros(1, 1), torch.zeros(2, 1), torch.zeros(1)
         target = none.long()
         if loss.reads == "layer":
-            loss.function(rows, rows, **config.options)
+            loss.function(rows, rows, **options)
         elif loss.reads == "likelihood":
-            loss.function(Answers.of(none, none, target), **config.options)
+            loss.function(Answers.of(none, none, target), **options)
         else:
-            loss.function(*(rows, head) * (1 + loss.teacher), target, **config.options)
+            loss.function(*(rows, head) * (1 + loss.teacher), target, **options)
     except (TypeError, ValueError) as error:
-        raise UserError(f"objectives.{role}.options: {error}") from None
+        raise UserError(f"{where}: {error}") from None

@@ -67,7 +67,7 @@ def make_pairs(count: int = 8, seed: int = 0) -> list[Pair]:
 def answer_logits(
     model: PreTrainedModel, prompt_ids: list[int], answer_ids: list[int]
 ) -> Float[Tensor, "N V"]:
-    """Logits of the positions that predict the answer, one sequence at a time: nothing is padded."""
+    """Logits of the positions that predict the answer; one sequence at a time, so no padding."""
     device = model.device
     ids = torch.tensor([prompt_ids + answer_ids], device=device)
     logits = model(input_ids=ids, use_cache=False).logits[0]

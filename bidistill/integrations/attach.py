@@ -1,0 +1,200 @@
+"""A fused distillation loss in the forward of a transformers model, for whichever trainer calls it.
+
+.. code-block:: text
+
+    model(input_ids, labels, ...)                         the model's own forward, to the bit
+    model(input_ids, labels, ..., teacher_input_ids, ...) teacher, student and loss; no logits
+
+Everything happens inside the forward of the root model and the loss inside that of its LM head, so
+that the hooks of DDP, FSDP and DeepSpeed fire as ever and the head's weight is whole where it is
+read. Weights, their names, `generate` and `save_pretrained` are left alone.
+
+Legend: B pairs, T tokens of the longest, S tokens of the longest that the teacher reads.
+"""
+
+import functools
+import inspect
+import types
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from bidistill.errors import UserError
+from bidistill.integrations.attached import DISPATCH, Attachment, Kind, distil
+from bidistill.integrations.supported import check_loss, check_model, check_teacher
+from bidistill.losses import find
+from bidistill.models import (
+    attach_distill_step,
+    attach_head,
+    backbone,
+    read_logit_transform,
+    runs_losses,
+    unwrapped,
+    without_dropout,
+)
+from bidistill_kernels import LogitTransform
+
+Model = TypeVar("Model", bound=nn.Module)
+STATE = "bidistill_attachment"
+"""The attribute of a model that says what is attached to it."""
+
+
+def attach(
+    model: Model,
+    loss: str = "bidirectional_kl",
+    *,
+    teacher: Kind | nn.Module = "auto",
+    options: Mapping[str, Any] | None = None,
+    temperature: float = 1.0,
+    chunk_bytes: int | None = None,
+) -> Model:
+    """Give ``model`` a forward with a fused loss, used where a batch has ``teacher_input_ids``.
+
+    That forward takes, by keyword, what `bidistill.integrations.collator.PairCollator` makes:
+    ``input_ids``, ``attention_mask`` and ``labels`` (-100 wherever no answer stands), each of shape
+    (B, T) and padded on either side; the same with ``teacher_`` before the name, of shape (B, S),
+    with the same answer tokens in the same order; ``shift_labels`` in place of ``labels``, if there
+    are any; and ``num_items_in_batch``. Other keywords go to the model without its head, those
+    that begin with ``teacher_`` to the teacher's.
+
+    It returns a ``CausalLMOutputWithPast`` of the loss alone, in nats: the sum over the batch's
+    answer tokens divided by ``num_items_in_batch``, or by their number if that is not given.
+
+    Args:
+        model: a causal language model of transformers, or the PeftModel around one, before it is
+            compiled or wrapped in DDP. Adapters are added before.
+        loss: name of a loss of `bidistill.losses` that reads the LM head and compares with a
+            teacher: ``bidirectional_kl``, ``jsd``, ``push_pull``, ``bild``, ``topk_kl``, ``duet``.
+        teacher: ``"base"``, the same weights with the adapters off; ``"live"``, the current weights
+            themselves; or another model of the same tokenizer, on the same device, which is neither
+            trained nor saved. None of them has a gradient or dropout. ``"auto"``: ``"base"`` where
+            there are adapters, ``"live"`` where there are none.
+        options: of the loss, as in a recipe: ``{"forward": 1.0, "reverse": 0.0}``.
+        temperature: divisor of both models' logits. The loss is not multiplied by its square.
+        chunk_bytes: of logits that exist at a time; None: the kernels' own choice.
+
+    Returns:
+        The same object.
+
+    Raises:
+        UserError: a model, loss, teacher or option that cannot be used, or something is attached
+            already. The forward, once attached, raises it for a batch that lacks a teacher's part.
+
+    Early check: the model is called once, on 16 random tokens, and its logits are compared with
+    what the fused loss would make of its head (scale, soft-cap, bias, vocabulary limit).
+    """
+    base = unwrapped(model)
+    if STATE in vars(model) or STATE in vars(base):
+        raise UserError(
+            "model: got one with a loss attached to it already, expected one without; call "
+            "detach(model) first"
+        )
+    check_model(model, "model")
+    check_loss(loss, options or {})
+    kind = check_teacher(teacher, model)
+    head: nn.Module = base.get_output_embeddings()  # type: ignore
+    reads = kind if isinstance(kind, nn.Module) else model
+    transform, teacher_transform = _transforms(model, reads, temperature)
+    attachment = Attachment(
+        loss=find(loss),
+        options=dict(options or {}),
+        transform=transform,
+        teacher=kind,
+        teacher_transform=teacher_transform,
+        chunk_bytes=chunk_bytes,
+        takes_positions=_takes_positions(model),
+        teacher_takes_positions=_takes_positions(reads),
+        forward=_forward_of(type(model)),
+        before=vars(model).get("forward"),
+        head=None if runs_losses(head) else head,
+    )
+    if reads is not model and "own_rows" not in vars(reads):
+        attach_distill_step(reads)
+    attach_head(model)
+    setattr(model, STATE, attachment)
+    model.forward = types.MethodType(attachment.forward, model)
+    return model
+
+
+def detach(model: Model) -> Model:
+    """Take the loss off; every attribute is what it was before `attach`.
+
+    A teacher that is another model keeps its ``own_rows``, which other students may use.
+
+    Args:
+        model: what `attach` returned, out of what it has been wrapped in since.
+
+    Returns:
+        The same object.
+
+    Raises:
+        UserError: nothing is attached, or somebody has replaced the forward since.
+    """
+    attachment: Attachment | None = vars(model).get(STATE)
+    if attachment is None:
+        raise UserError(
+            f"model: got a {type(model).__name__} with no loss attached, expected what attach() "
+            "returned; detach(accelerator.unwrap_model(model)) where it is wrapped"
+        )
+    if getattr(vars(model)["forward"], "__func__", None) is not attachment.forward:
+        raise UserError(
+            "model: got one whose forward was wrapped after attach(), expected it as attached; "
+            "undo that first: accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
+        )
+    if attachment.before is None:
+        del model.forward
+    else:
+        model.forward = attachment.before
+    if attachment.head is not None:
+        del attachment.head.forward
+    delattr(model, STATE)
+    return model
+
+
+def _forward_of(kind: type[nn.Module]) -> Any:  # noqa: ANN401
+    """A forward for instances of ``kind``, with the signature of theirs.
+
+    `generate` reads from the signature which arguments there are, and the HF Trainer that it may
+    pass ``num_items_in_batch``. No closure: a deep copy of the model gets a forward of its own.
+    """
+
+    @functools.wraps(kind.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        attachment: Attachment = getattr(self, STATE)
+        if kwargs.get(DISPATCH) is not None:
+            return CausalLMOutputWithPast(loss=distil(self, attachment, *args, **kwargs))
+        if attachment.before is not None:
+            return attachment.before(*args, **kwargs)
+        return type(self).forward(self, *args, **kwargs)
+
+    return forward
+
+
+def _transforms(
+    model: nn.Module, teacher: nn.Module, temperature: float
+) -> tuple[LogitTransform, LogitTransform]:
+    """What both models make of their heads, verified without a trace, over the temperature.
+
+    Models of one tokenizer may pad their heads to different sizes: both are cut to the smaller.
+    """
+    found = list[LogitTransform]()
+    for name, each in (("model", model), ("teacher", teacher)):
+        with without_dropout(each):
+            found.append(read_logit_transform(each, name))
+    sizes = [each.get_output_embeddings().weight.shape[0] for each in (model, teacher)]  # type: ignore
+    if sizes[0] != sizes[1]:
+        limits = [transform.vocab_limit or min(sizes) for transform in found]
+        found = [replace(transform, vocab_limit=min(limits)) for transform in found]
+    try:
+        own, theirs = (replace(transform, temperature=temperature) for transform in found)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from None
+    return own, theirs
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    """Whether the model without its head can be told the position of each token."""
+    return "position_ids" in inspect.signature(backbone(model).forward).parameters

@@ -1,0 +1,162 @@
+"""What happens in the forward of an attached model: teacher, student, and the loss in the LM head.
+
+Legend: B pairs, T tokens of the longest, S tokens of the longest that the teacher reads.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bidistill.data.padded import IGNORED, Padded, positions_of, shifted
+from bidistill.errors import UserError
+from bidistill.integrations.supported import has_adapters
+from bidistill.loss_calls import Rows, Side, run
+from bidistill.losses import Loss
+from bidistill.models import compute_device, distill_step, own_rows, runs_losses
+from bidistill.teacher.rows import TeacherRows
+from bidistill_kernels import LogitTransform
+
+Kind = Literal["auto", "base", "live"]
+PREFIX = "teacher_"
+DISPATCH = "teacher_input_ids"
+"""The keyword that asks for the fused loss."""
+
+
+@dataclass
+class Attachment:
+    """What a model's forward needs to know, and what was there before."""
+
+    loss: Loss
+    options: dict[str, Any]
+    transform: LogitTransform
+    teacher: Kind | nn.Module
+    teacher_transform: LogitTransform
+    chunk_bytes: int | None
+    takes_positions: bool
+    """Whether the student's backbone can be told the position of each token."""
+    teacher_takes_positions: bool
+    """The same of the teacher's."""
+    forward: Any
+    """The function that became the forward."""
+    before: Any
+    """The forward that the instance had; None if that of its class."""
+    head: nn.Module | None
+    """The LM head whose forward was replaced; None if it could run losses already."""
+
+
+def distil(
+    model: nn.Module,
+    attachment: Attachment,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    num_items_in_batch: float | Tensor | None = None,
+    return_dict: bool = True,
+    use_cache: bool = False,
+    **kwargs: Tensor,
+) -> Tensor:
+    """Run teacher, student and loss on one batch.
+
+    Args:
+        model: what `attach` was given.
+        attachment: what it made of it.
+        input_ids: what the student reads, shape (B, T).
+        attention_mask: 0 at padding, shape (B, T).
+        num_items_in_batch: divisor; None: the number of answer tokens.
+        return_dict: set by some trainers, in vain.
+        use_cache: the same.
+        **kwargs: labels, the teacher's part, and what else the backbones take.
+
+    Returns:
+        The loss, nats; shape ().
+
+    Raises:
+        UserError: a part of the batch is missing, or the model is not what it was.
+        RuntimeError: the answers of student and teacher differ.
+    """
+    own = {name: kwargs[name] for name in kwargs if not name.startswith(PREFIX)}
+    own |= {"input_ids": input_ids, "attention_mask": attention_mask}
+    theirs = {n.removeprefix(PREFIX): kwargs[n] for n in kwargs if n.startswith(PREFIX)}
+    width = min(input_ids.shape[1], theirs["input_ids"].shape[1])
+    student = _padded(own, "", width, attachment.takes_positions)
+    teacher = _padded(theirs, PREFIX, width, attachment.teacher_takes_positions)
+    torch._assert_async(  # type: ignore
+        (student.target == teacher.target).all(),
+        "teacher_labels: got other answer tokens than in labels, expected the same in their order; "
+        "make both of the same ids, as PairCollator does",
+    )
+    if not runs_losses(model.get_output_embeddings()):  # type: ignore
+        raise UserError(
+            "model: got another LM head than it was attached with, expected the same; call "
+            "detach(model) and attach(model) after adapters are added or the vocabulary is resized"
+        )
+    total = distill_step(
+        model,
+        student,
+        _HeadLoss(attachment, student.target),
+        _teacher_rows(model, attachment.teacher, teacher),
+    )
+    if num_items_in_batch is None:
+        num_items_in_batch = (student.target != IGNORED).sum().clamp(min=1)
+    return total / num_items_in_batch
+
+
+def _padded(inputs: dict[str, Any], prefix: str, width: int, takes_positions: bool) -> Padded:
+    """Inputs of a backbone, and the targets of its positions."""
+    inputs = dict(inputs)
+    labels, target = inputs.pop("labels", None), inputs.pop("shift_labels", None)
+    if target is None:
+        if labels is None:
+            raise UserError(
+                f"{prefix}labels: got none beside {DISPATCH}, expected the answer's token ids and "
+                f"{IGNORED} elsewhere; use PairCollator, or leave {DISPATCH} out"
+            )
+        target = shifted(labels)
+    mask = inputs["attention_mask"] = inputs.get("attention_mask")
+    if takes_positions and mask is not None and inputs.get("position_ids") is None:
+        inputs["position_ids"] = positions_of(mask)
+    return Padded(inputs, target, width)
+
+
+def _teacher_rows(model: nn.Module, kind: Kind | nn.Module, padded: Padded) -> Padded | TeacherRows:
+    """The teacher's rows; or what it reads, if it is the model itself with its adapters off."""
+    if isinstance(kind, nn.Module):
+        if compute_device(kind) != padded.target.device:
+            raise UserError(
+                f"teacher: got one on {compute_device(kind)}, expected it on "
+                f"{padded.target.device} with the batch; move it there"
+            )
+        return kind.own_rows(padded, head=True)  # type: ignore
+    if kind == "base" or (kind == "auto" and has_adapters(model)):
+        return padded
+    return own_rows(model, padded)
+
+
+class _HeadLoss:
+    """The loss of a batch, called in the forward of the LM head.
+
+    A plain object, so that its tensors pass the hooks of FSDP2 untouched.
+    """
+
+    def __init__(self, attachment: Attachment, target: Tensor) -> None:
+        self.attachment = attachment
+        self.target = target
+
+    def __call__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: TeacherRows
+    ) -> Tensor:
+        """Return the sum over rows that count."""
+        known = self.attachment
+        assert teacher.weight is not None, "the head has filled in its own"
+        other = Side(
+            teacher.hidden,
+            teacher.weight.detach(),
+            None if teacher.bias is None else teacher.bias.detach(),
+            known.teacher_transform,
+        )
+        ones = torch.ones_like(self.target, dtype=torch.float32)
+        rows = Rows(self.target, ones, self.target)
+        student = Side(hidden, weight, bias, known.transform)
+        return run(known.loss, known.options, student, other, rows, known.chunk_bytes)[0]

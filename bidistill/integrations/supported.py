@@ -1,0 +1,169 @@
+"""Which models, losses and teachers go together; the others are refused before anything trains."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from bidistill.errors import UserError
+from bidistill.loss_names import checked
+from bidistill.losses import LOSSES, find
+from bidistill.models import runs_losses, unwrapped
+from bidistill.objectives import check_loss_options
+
+KINDS = ("auto", "base", "live")
+"""Teachers that need no other model."""
+
+REFUSED = {
+    "chameleon": "masks the logits of its image tokens",
+}
+"""Model types whose logits are another function of their head, and what they do."""
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether there are layers of adapters in ``model``, whoever added them."""
+    return any(isinstance(m, BaseTunerLayer | ModulesToSaveWrapper) for m in model.modules())
+
+
+def check_model(model: nn.Module, name: str) -> None:
+    """Refuse a model whose fused loss would not be that of its own logits.
+
+    Args:
+        model: of transformers, or the PeftModel around one.
+        name: what the caller knows it by, for the message.
+
+    Raises:
+        UserError: one line that says what it is.
+    """
+    base: Any = unwrapped(model)
+    if not isinstance(base, PreTrainedModel):
+        raise UserError(
+            f"{name}: got a {type(model).__name__}, expected a causal language model of "
+            "transformers, or a PeftModel around one; attach before it is compiled or wrapped"
+        )
+    kind = base.config.model_type
+    if base.config.is_encoder_decoder:
+        raise _unfit(name, base, f"is an encoder-decoder ({kind})")
+    if hasattr(base, "final_logits_bias"):
+        raise _unfit(name, base, f"adds a final_logits_bias to its logits ({kind})")
+    if kind in REFUSED:
+        raise _unfit(name, base, f"{REFUSED[kind]} ({kind})")
+    if base.get_output_embeddings() is None:
+        raise _unfit(name, base, f"has no LM head ({kind})")
+    if getattr(base.config, "output_router_logits", False):
+        raise UserError(
+            f"{name}: got a {type(base).__name__} with output_router_logits, whose auxiliary loss "
+            "would be left out, expected one without; set model.config.output_router_logits = False"
+        )
+    _check_adapters(model, name)
+    _check_head(base.get_output_embeddings(), name)  # type: ignore
+
+
+def _unfit(name: str, base: PreTrainedModel, why: str) -> UserError:
+    return UserError(
+        f"{name}: got a {type(base).__name__}, which {why}, expected a causal language model whose "
+        "logits are those of its LM head; train it with its own loss"
+    )
+
+
+def _check_adapters(model: nn.Module, name: str) -> None:
+    """Refuse adapters that are not layers of the model, or cannot be switched off."""
+    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    for config in configs.values():
+        if config.is_prompt_learning:
+            raise UserError(
+                f"{name}: got an adapter of {config.peft_type.value}, whose virtual tokens are "
+                "added outside of the model, expected one of layers; use LoRA"
+            )
+        if getattr(config, "alora_invocation_tokens", None):
+            raise UserError(
+                f"{name}: got an activated LoRA, which changes with the prompt, expected an "
+                "ordinary one; leave alora_invocation_tokens out"
+            )
+    if any(isinstance(m, BaseTunerLayer) and m.merged for m in model.modules()):
+        raise UserError(
+            f"{name}: got adapters that are merged into the weights, expected them beside; call "
+            "unmerge_adapter() first"
+        )
+
+
+def _check_head(head: nn.Module, name: str) -> None:
+    """Refuse a head that is no matrix product, or has a forward of its own."""
+    parts: list[Any] = [head]
+    if isinstance(head, ModulesToSaveWrapper):
+        parts = [head.original_module, *head.modules_to_save.values()]
+    elif isinstance(head, LoraLinear):
+        plain = not head.lora_variant and not any(head.lora_bias.values())
+        parts = [head.get_base_layer()] if plain else [head]
+    for part in parts:
+        if not isinstance(part, nn.Linear) or not part.weight.is_floating_point():
+            raise UserError(
+                f"{name}: got a {type(head).__name__} as LM head, expected a linear layer of "
+                "floating-point weights, with a plain LoRA or without; leave it out of "
+                "quantisation and of other adapters"
+            )
+    if "forward" in vars(head) and not runs_losses(head):
+        raise UserError(
+            f"{name}: got an LM head whose forward somebody has replaced, expected its own; "
+            "undo that, or load the model without device_map"
+        )
+
+
+def check_loss(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse a loss that no teacher's head takes part in, and options that it has not.
+
+    Args:
+        name: of the loss.
+        options: its own, by name.
+
+    Raises:
+        UserError: one line that says what would do.
+    """
+    fit = ", ".join(n for n, loss in LOSSES.items() if loss.reads == "head" and loss.teacher)
+    try:
+        found = find(checked(name))
+    except ValueError as error:
+        raise UserError(f"loss: got {name!r}, expected {error}") from None
+    if found.reads != "head" or not found.teacher:
+        raise UserError(
+            f"loss: got {name!r}, which does not compare LM heads with a teacher's, expected one "
+            f"that does; use one of: {fit}"
+        )
+    check_loss_options("options", name, options)
+
+
+def check_teacher(teacher: object, model: nn.Module) -> Any:  # noqa: ANN401
+    """Refuse a teacher that cannot be had.
+
+    Args:
+        teacher: one of `KINDS`, or a model.
+        model: the student.
+
+    Returns:
+        The teacher.
+
+    Raises:
+        UserError: one line that says what would do.
+    """
+    if isinstance(teacher, nn.Module):
+        check_model(teacher, "teacher")
+        if unwrapped(teacher) is unwrapped(model):
+            raise UserError(
+                "teacher: got the model itself, expected another one; pass teacher='live', or "
+                "'base' for it without its adapters"
+            )
+        return teacher
+    if teacher not in KINDS:
+        raise UserError(
+            f"teacher: got {teacher!r}, expected one of {', '.join(map(repr, KINDS))} or a model"
+        )
+    if teacher == "base" and not has_adapters(model):
+        raise UserError(
+            "teacher: got 'base' for a model without adapters, expected some to switch off; call "
+            "get_peft_model first, or pass another model"
+        )
+    return teacher
