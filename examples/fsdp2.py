@@ -5,18 +5,21 @@ same weights from one process.
 """
 
 import copy
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from tiny import Pair, eager_kl, make_pairs, tiny_llama
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bidistill.data.packing import Packed, pack
 from bidistill.data.views import View
@@ -25,6 +28,7 @@ from bidistill.models import attach_distill_step
 from bidistill.teacher.rows import TeacherRows
 from bidistill.world import World, join
 from bidistill_kernels import linear_bidirectional_kl
+from examples.tiny import Pair, eager_kl, make_pairs, tiny_llama
 
 POLICY = MixedPrecisionPolicy(cast_forward_inputs=False)
 """For bf16: param_dtype=torch.bfloat16, reduce_dtype=torch.float32."""

@@ -5,16 +5,20 @@ written out here: `forward_backward` is the body of ``Trainer._forward_backward_
 """
 
 import copy
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from tiny import VOCABULARY, Pair, make_pairs
 from torch import Tensor
 from torchtitan.components.loss import ChunkedLossWrapper
 from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.llama3 import Llama3Model, llama3_configs
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from bidistill.integrations.torchtitan import FusedCrossEntropy, FusedDistillation, teacher_rows
+from examples.tiny import VOCABULARY, Pair, make_pairs
 
 LENGTH = 24
 """Tokens of a padded sequence: what torchtitan's chunked loss can cut into eight."""

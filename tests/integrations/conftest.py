@@ -1,19 +1,13 @@
-"""The examples are scripts: what they import of each other lies beside them."""
-
-import sys
-from pathlib import Path
+"""Ranks for the tests of integrations."""
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
+from tests.trainer.ranks import Ranks
 
 
 @pytest.fixture(scope="module")
 def ranks():
     """Two ranks, started when they are first asked for."""
-    from tests.trainer.ranks import Ranks
-
     group = Ranks(2)
     yield group
     group.stop()

@@ -2,15 +2,15 @@
 
 from typing import NamedTuple
 
-import fsdp2
 import torch
-from tiny import make_pairs
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from bidistill.distributed import whole
 from bidistill.world import World, join
 from bidistill_kernels import linear_bidirectional_kl
+from examples import fsdp2
+from examples.tiny import make_pairs
 from tests.trainer.cut import double
 
 

@@ -3,18 +3,19 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-import fsdp2
 import pytest
 import torch
-from tiny import eager_kl, make_pairs
 
 from bidistill.world import World
+from examples import fsdp2
+from examples.tiny import eager_kl, make_pairs
 from tests.integrations import fsdp2_run
-from tests.integrations.conftest import ROOT
 from tests.support import assert_close
 from tests.trainer.cut import double
 
+ROOT = Path(__file__).parents[2]
 EXACT = 1e-12
 """Of fp64: sums are taken in another order."""
 

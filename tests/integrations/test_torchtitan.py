@@ -6,26 +6,28 @@ import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_pairs
 from torch import nn
 
 from bidistill.errors import UserError
 from bidistill.world import World
-from tests.integrations.conftest import ROOT
+from examples.tiny import make_pairs
 from tests.support import Wide, assert_close
 
 pytest.importorskip("torchtitan.components.loss", reason="torchtitan is not installed")
 with warnings.catch_warnings():
     # torch's own, when what torchtitan imports of its compiler is imported for the first time
     warnings.filterwarnings("ignore", "`torch.jit.script_method` is dep", DeprecationWarning)
-    import torchtitan_loss as example
+    from examples import torchtitan_loss as example
 from torchtitan.components.loss import cross_entropy_loss
 
 from bidistill.integrations.torchtitan import FusedDistillation, teacher_rows
 from tests.integrations import torchtitan_run
+
+ROOT = Path(__file__).parents[2]
 
 
 def differentiated(model, loss):

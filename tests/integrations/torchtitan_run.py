@@ -3,8 +3,6 @@
 import copy
 
 import torch
-import torchtitan_loss as example
-from tiny import make_pairs
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -16,6 +14,8 @@ from torchtitan.models.llama3 import parallelize_llama
 from bidistill.distributed import whole
 from bidistill.integrations.torchtitan import teacher_rows
 from bidistill.world import World, join
+from examples import torchtitan_loss as example
+from examples.tiny import make_pairs
 
 PAIRS = make_pairs(7)
 
