@@ -396,11 +396,14 @@ def _verify_transform(model: nn.Module, transform: LogitTransform, name: str) ->
     finally:
         for handle in handles:
             handle.remove()
+    if not torch.equal(seen.get("hidden", tokens), seen["input"]):
+        raise UserError(
+            f"{name}: got a {base.config.model_type} model, whose LM head is given something else "
+            "than the last hidden states, expected these; this architecture is not supported"
+        )
     ours = transform(seen["output"])
     scale = own.abs().max().item()
     error = (ours - own).abs().max().item() if ours.shape == own.shape else math.inf
-    if not torch.equal(seen["hidden"], seen["input"]):
-        error = math.inf  # the head is given something else than the last hidden states
     # logits of 16 bits are rounded once more by each side
     tolerance = max(TRANSFORM_TOLERANCE, 2 * torch.finfo(own.dtype).eps)
     if not error <= tolerance * scale:

@@ -1,4 +1,4 @@
-"""Distillation in the stock `transformers.Trainer`: two lines more than any other training.
+"""Distillation in the stock `transformers.Trainer`: one line, and a collator of pairs.
 
 The student answers without the context that its teacher, itself without the adapter, has read.
 Run it with ``python examples/hf_trainer.py``; under ``torchrun`` it is data parallel.
@@ -30,11 +30,10 @@ def adapted() -> PeftModel:
     return get_peft_model(tiny_llama(), settings)  # type: ignore
 
 
-def make_trainer(folder: str, kind: type[Trainer] = Trainer, **arguments: object) -> Trainer:
+def make_trainer(
+    folder: str, model: torch.nn.Module, kind: type[Trainer] = Trainer, **arguments: object
+) -> Trainer:
     """A Trainer of eight pairs, all of them in one step."""
-    model = adapted()
-    if kind is Trainer:
-        attach(model)  # the first line
     given: dict[str, Any] = {
         "output_dir": folder,
         "per_device_train_batch_size": 4,
@@ -52,7 +51,7 @@ def make_trainer(folder: str, kind: type[Trainer] = Trainer, **arguments: object
         model=model,
         args=TrainingArguments(**given | arguments),
         train_dataset=make_pairs(),  # type: ignore
-        data_collator=PairCollator(model.config.pad_token_id),  # the second line
+        data_collator=PairCollator(model.config.pad_token_id),  # type: ignore
     )
 
 
@@ -84,16 +83,16 @@ def _answers(model: Any, inputs: dict[str, Tensor], prefix: str) -> Tensor:  # n
 
 def fused_step() -> Callable[[], Tensor]:
     """One forward and backward of the Trainer with the fused loss."""
-    return _step(Trainer)
+    return _step(attach(adapted()), Trainer)
 
 
 def eager_step() -> Callable[[], Tensor]:
     """The same from full logits."""
-    return _step(EagerTrainer)
+    return _step(adapted(), EagerTrainer)
 
 
-def _step(kind: type[Trainer]) -> Callable[[], Tensor]:
-    trainer = make_trainer(tempfile.mkdtemp(), kind)
+def _step(model: PeftModel, kind: type[Trainer]) -> Callable[[], Tensor]:
+    trainer = make_trainer(tempfile.mkdtemp(), model, kind)
     batch = trainer.data_collator(make_pairs())
     count = (batch["labels"] != -100).sum()
     return lambda: trainer.training_step(trainer.model, dict(batch), count)  # type: ignore
@@ -108,7 +107,7 @@ def losses(trainer: Trainer) -> list[float]:
 def main() -> None:
     """Train, and show that the losses are those of full logits."""
     with tempfile.TemporaryDirectory() as folder:
-        found = losses(make_trainer(folder))
+        found = losses(make_trainer(folder, attach(adapted())))
     first = eager_kl(tiny_llama(), tiny_llama(), make_pairs()).item()
     assert abs(found[0] - first) < 1e-4 * first, f"first loss {found[0]}, from logits {first}"
     assert found[-1] < 0.7 * found[0], "the loss did not fall"

@@ -107,22 +107,23 @@ def attach(
         chunk_bytes=chunk_bytes,
         takes_positions=_takes_positions(model),
         teacher_takes_positions=_takes_positions(reads),
-        forward=_forward_of(type(model)),
         before=vars(model).get("forward"),
         head=None if runs_losses(head) else head,
     )
     if reads is not model and "own_rows" not in vars(reads):
         attach_distill_step(reads)
     attach_head(model)
-    setattr(model, STATE, attachment)
-    model.forward = types.MethodType(attachment.forward, model)
+    for each in (model, base):  # the same but for a PeftModel
+        setattr(each, STATE, attachment)
+    model.forward = types.MethodType(_forward_of(type(model)), model)
     return model
 
 
 def detach(model: Model) -> Model:
-    """Take the loss off; every attribute is what it was before `attach`.
+    """Take the loss off; forwards are what they were before `attach`.
 
-    A teacher that is another model keeps its ``own_rows``, which other students may use.
+    What somebody has put around the model's forward since goes with it, such as accelerate's
+    autocast. A teacher that is another model keeps its ``own_rows``, for other students.
 
     Args:
         model: what `attach` returned, out of what it has been wrapped in since.
@@ -131,26 +132,23 @@ def detach(model: Model) -> Model:
         The same object.
 
     Raises:
-        UserError: nothing is attached, or somebody has replaced the forward since.
+        UserError: nothing is attached.
     """
     attachment: Attachment | None = vars(model).get(STATE)
-    if attachment is None:
+    if attachment is None or "forward" not in vars(model):
         raise UserError(
             f"model: got a {type(model).__name__} with no loss attached, expected what attach() "
             "returned; detach(accelerator.unwrap_model(model)) where it is wrapped"
         )
-    if getattr(vars(model)["forward"], "__func__", None) is not attachment.forward:
-        raise UserError(
-            "model: got one whose forward was wrapped after attach(), expected it as attached; "
-            "undo that first: accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
-        )
-    if attachment.before is None:
-        del model.forward
-    else:
+    # accelerate keeps what it wrapped, and would put it back
+    for name in ("forward", "_original_forward"):
+        vars(model).pop(name, None)
+    if attachment.before is not None:
         model.forward = attachment.before
     if attachment.head is not None:
-        del attachment.head.forward
-    delattr(model, STATE)
+        vars(attachment.head).pop("forward", None)
+    for each in {model, unwrapped(model)}:
+        delattr(each, STATE)
     return model
 
 

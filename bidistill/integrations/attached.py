@@ -38,8 +38,6 @@ class Attachment:
     """Whether the student's backbone can be told the position of each token."""
     teacher_takes_positions: bool
     """The same of the teacher's."""
-    forward: Any
-    """The function that became the forward."""
     before: Any
     """The forward that the instance had; None if that of its class."""
     head: nn.Module | None
