@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from bidistill.errors import UserError
+from bidistill.integrations.supported import check_loss
 from bidistill.losses import find
 from bidistill_kernels import linear_cross_entropy
 
@@ -114,20 +115,9 @@ class FusedDistillation(ChunkedLossWrapper):
 
     def __init__(self, config: Config, *, compile_config: object = None) -> None:
         """Look the loss up; there is nothing to compile."""
-        loss = find(config.name)
-        if loss.reads != "head" or not loss.teacher:
-            raise UserError(
-                f"loss.name: got {config.name!r}, expected a loss that reads two LM heads; take "
-                "bidirectional_kl, jsd, push_pull or bild, or FusedCrossEntropy"
-            )
-        unknown = config.options.keys() - loss.options().keys()
-        if unknown:
-            raise UserError(
-                f"loss.options: got {', '.join(sorted(unknown))}, expected some of "
-                f"{', '.join(loss.options())}; change them"
-            )
+        check_loss(config.name, config.options)
         self.loss: Callable[..., Tensor] = partial(
-            loss.function, chunk_bytes=config.chunk_bytes, **config.options
+            find(config.name).function, chunk_bytes=config.chunk_bytes, **config.options
         )
         self.lm_head = None
         self.teacher_head: nn.Module | None = None

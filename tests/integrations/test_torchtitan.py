@@ -114,8 +114,8 @@ def test_other_losses_are_found_by_name():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "npo"}, "loss.name: got 'npo', expected a loss that reads two LM heads"),
-        ({"options": {"beta": 1.0}}, "loss.options: got beta, expected some of forward, reverse"),
+        ({"name": "npo"}, "loss: got 'npo', which does not compare LM heads"),
+        ({"options": {"beta": 1.0}}, "options: got 'beta', which is no option of bidirectional_kl"),
     ],
 )
 def test_refuses_configurations(config, message):
