@@ -1,17 +1,26 @@
 """What each rank does in the tests of examples/fsdp2.py."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
-from bidistill.distributed import whole
+from bidistill.config import LoraSettings
+from bidistill.distributed import reduce_gradients, whole
+from bidistill.integrations.attach import attach
+from bidistill.integrations.collator import PairCollator
+from bidistill.models import add_adapter, attach_distill_step
 from bidistill.world import World, join
 from bidistill_kernels import linear_bidirectional_kl
 from examples import fsdp2
-from examples.tiny import make_pairs
+from examples.tiny import make_pairs, tiny_llama
 from tests.trainer.cut import double
+from tests.trainer.tiny import randomise_adapters
 
 
 class Outcome(NamedTuple):
@@ -47,12 +56,61 @@ def _descend(student, teacher, accumulate: int, world: World) -> Outcome:
         fsdp2.train_step(student, teacher, optimizer, make_pairs(7), world, accumulate)
         for _ in range(3)
     ]
-    named = dict(student.named_parameters())
+    return _outcome(losses, dict(student.named_parameters()))
+
+
+def _outcome(losses: list[float], named: dict[str, Any]) -> Outcome:
     return Outcome(
         losses,
         {name: whole(p.detach()) for name, p in named.items()},
         {name: whole(p.grad) for name, p in named.items()},
     )
+
+
+def train_adapter(way: str, accumulate: int, world: World | None = None) -> Outcome:
+    """The same with LoRA, whose teacher is the model without it; by a pack, or by `attach`."""
+    world = world or join()
+    model: Any = add_adapter(tiny_llama(), LoraSettings(rank=2, targets=("q_proj", "down_proj")))
+    randomise_adapters(model)
+    double(model)
+    if way == "attach":
+        attach(model)
+    else:
+        attach_distill_step(model)
+    if world.size > 1:
+        share_out(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), lr=1e-2)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        pairs = make_pairs(7)
+        count = sum(len(pair["answer_ids"]) for pair in pairs)
+        mine, total = pairs[world.rank :: world.size], 0.0
+        for part in range(accumulate):
+            reduce_gradients(model, after=part == accumulate - 1)
+            divisor = count / world.size
+            if way == "attach":
+                batch = PairCollator(padding=1)(mine[part::accumulate])
+                loss = model(**batch, num_items_in_batch=divisor).loss
+            else:
+                student, teacher = fsdp2.packs(mine[part::accumulate])
+                loss = model.distill_step(student, fsdp2.fused_kl(student.target, divisor), teacher)
+            loss.backward()
+            total += loss.item() / world.size
+        optimizer.step()
+        losses.append(world.sum([total]).item())
+    return _outcome(losses, trained)
+
+
+def share_out(model: Any) -> None:
+    """As `fsdp2.shard`, of a model with adapters."""
+    base, policy = model.get_base_model(), fsdp2.POLICY
+    for layer in base.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    if hasattr(model, "distill_step"):
+        register_fsdp_forward_method(model, "distill_step")
 
 
 def read_the_head_outside() -> str:

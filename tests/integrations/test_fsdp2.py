@@ -20,17 +20,29 @@ EXACT = 1e-12
 """Of fp64: sums are taken in another order."""
 
 
+def assert_equal(found, expected):
+    assert found.losses == pytest.approx(expected.losses, rel=EXACT)
+    for kind in ("weights", "gradients"):
+        whole, cut = getattr(expected, kind), getattr(found, kind)
+        assert whole.keys() == cut.keys()
+        for name, tensor in whole.items():
+            assert tensor.any(), name
+            assert (cut[name] - tensor).norm() <= EXACT * tensor.norm(), (kind, name)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("tied", [False, True])
 def test_ranks_and_parts_give_what_one_process_gives(ranks, tied, accumulate):
     expected = fsdp2_run.train(tied, 1, World())
     for found in ranks.run(fsdp2_run.train, tied, accumulate):
-        assert found.losses == pytest.approx(expected.losses, rel=EXACT)
-        for kind in ("weights", "gradients"):
-            whole, cut = getattr(expected, kind), getattr(found, kind)
-            assert whole.keys() == cut.keys()
-            for name, tensor in whole.items():
-                assert (cut[name] - tensor).norm() <= EXACT * tensor.norm(), (kind, name)
+        assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("way", ["attach", "a pack"])
+def test_adapters_need_no_copy(ranks, way):
+    expected = fsdp2_run.train_adapter("a pack", 1, World())
+    for found in ranks.run(fsdp2_run.train_adapter, way, 2):
+        assert_equal(found, expected)
 
 
 def test_the_default_casting_of_inputs_rounds_nothing(ranks):
