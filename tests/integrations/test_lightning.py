@@ -1,6 +1,7 @@
 """bidistill.integrations.lightning under Lightning's own Trainer."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from bidistill.integrations.collator import PairCollator
 from examples import lightning_module as example
 from examples.tiny import eager_kl, make_pairs, tiny_llama
 from tests.integrations.lightning_run import fit, gradients, pair_of_models
+from tests.trainer.tiny import make_tokenizer
 
 ROOT = Path(__file__).parents[2]
 EXACT = 1e-12
@@ -144,6 +146,20 @@ else:
     said = _run([sys.executable, "-c", code]).stdout
     expected = ["pytorch_lightning.core.module", "lightning: got none that can be imported"]
     assert said.startswith(expected[len(missing) - 1])
+
+
+@pytest.mark.filterwarnings("ignore:.*tensorboardX. has been removed")  # the default logger's
+def test_the_code_of_the_page_trains(tmp_path, monkeypatch):
+    page = (ROOT / "docs/integrations/lightning.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    model = tiny_llama()
+    before = model.lm_head.weight.detach().clone()
+    pairs = make_pairs()
+    exec(code, {"model": model, "pairs": pairs, "tokenizer": make_tokenizer()})
+    assert not torch.equal(model.lm_head.weight, before)
+    saved = type(model).from_pretrained(tmp_path / "trained")
+    assert torch.equal(saved.lm_head.weight, model.lm_head.weight)
 
 
 def test_the_two_steps_to_time_compute_the_same():

@@ -1,16 +1,19 @@
 """bidistill.integrations.open_unlearning against open-unlearning's interface, not itself."""
 
+import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 import yaml
 
 from bidistill.errors import UserError
-from bidistill.integrations.open_unlearning import ContextDistillation
 from examples.tiny import eager_kl, make_pairs
 from tests.integrations.eager import assert_all_close, backward, nearby
 from tests.integrations.open_unlearning_interface import (
+    TRAINERS,
     Collator,
     UnlearnTrainer,
     item,
@@ -24,11 +27,15 @@ PAGE = Path(__file__).parents[2] / "docs/integrations/open-unlearning.md"
 BEGIN = 0
 
 
-class BidirectionalKL(ContextDistillation, UnlearnTrainer):
-    pass
-
-
-register(BidirectionalKL)
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    """The trainer that the page shows, registered as it says."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("trainer", "trainer.unlearn", "trainer.unlearn.base"):
+            patch.setitem(sys.modules, name, ModuleType(name))
+        sys.modules["trainer.unlearn.base"].UnlearnTrainer = UnlearnTrainer
+        exec(code, {"_register_trainer": register, "__name__": "trainer"})
 
 
 @pytest.fixture(scope="module")
@@ -174,4 +181,4 @@ def test_refuses(config, tmp_path):
     with pytest.raises(UserError, match="model: got one that DeepSpeed ZeRO-3 has shared out"):
         trainer_of(config, tmp_path, model=sharded)
     with pytest.raises(UserError, match="model, tokenizer: got one of them not at all"):
-        BidirectionalKL(model=nearby(), context="x")
+        TRAINERS[config["handler"]](model=nearby(), context="x")
