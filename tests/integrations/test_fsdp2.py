@@ -86,6 +86,7 @@ def test_the_two_steps_to_time_compute_the_same():
     assert fsdp2.fused_step()() == pytest.approx(fsdp2.eager_step()().item(), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_example_runs(size):
     command = [sys.executable, "examples/fsdp2.py"]

@@ -81,6 +81,7 @@ def test_clipping_sees_the_divided_gradients():
         assert found == pytest.approx(min(norm, limit), rel=1e-5)  # Lightning adds 1e-6
 
 
+@pytest.mark.slow
 def test_two_ranks_give_what_one_process_gives(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += ["2", "tests/integrations/lightning_run.py", str(tmp_path / "gradients.pt")]
@@ -166,6 +167,7 @@ def test_the_two_steps_to_time_compute_the_same():
     assert example.fused_step()() == pytest.approx(example.eager_step()().item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_example_runs():
     done = _run([sys.executable, "examples/lightning_module.py"])
     assert done.returncode == 0, done.stderr

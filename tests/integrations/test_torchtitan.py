@@ -82,6 +82,25 @@ def test_ranks_and_parts_give_what_one_process_gives(ranks, kind, tied):
             assert (found[name] - gradient).norm() < 3e-6 * gradient.norm(), name
 
 
+def relative(found, expected):
+    """Error of all gradients as one vector."""
+    pairs = [(found[name].flatten(), e.flatten()) for name, e in expected.items()]
+    ours, right = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+    return ((ours - right).norm() / right.norm()).item()
+
+
+@pytest.mark.slow
+def test_bf16_is_as_near_as_torchtitans_own_loss(ranks):
+    _, expected = torchtitan_run.gradients("cross_entropy", False, 1, World())
+    errors = []
+    for kind in ("cross_entropy", "torchtitan's own"):
+        _, found = ranks.run(torchtitan_run.gradients, kind, False, 1, None, "bfloat16")[0]
+        errors.append(relative(found, expected))
+    ours, theirs = errors
+    # nearly all of it comes from the layers below, in bf16 too
+    assert 0 < ours < 1.02 * theirs, errors
+
+
 def test_validation_sums_and_leaves_the_head_shared(ranks):
     model = example.tiny_titan()
     tokens, labels = example.batch(torchtitan_run.PAIRS, "prompt_ids")
@@ -142,10 +161,17 @@ def test_refuses_calls():
         loss_fn(model(tokens), labels, teacher_hidden=rows)
 
 
+def test_says_what_to_install():
+    code = "import sys; sys.modules['torchtitan'] = None; import bidistill.integrations.torchtitan"
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "UserError: torchtitan: got none that can be imported" in said.stderr
+
+
 def test_the_two_steps_to_time_compute_the_same():
     assert example.fused_step()() == pytest.approx(example.eager_step()().item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_example_runs():
     command = [sys.executable, "examples/torchtitan_loss.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

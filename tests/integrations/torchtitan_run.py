@@ -21,14 +21,14 @@ PAIRS = make_pairs(7)
 
 
 def gradients(
-    kind: str, tied: bool, accumulate: int, world: World | None = None
+    kind: str, tied: bool, accumulate: int, world: World | None = None, dtype: str = "float32"
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and whole gradients of one step that the ranks share, as torchtitan takes it."""
     world = world or join()
     model = example.tiny_titan(tied=tied)
     teacher = copy.deepcopy(model)
     if world.size > 1:
-        model, teacher = _shared(model, world), _shared(teacher, world)
+        model, teacher = (_shared(each, world, dtype) for each in (model, teacher))
     if kind == "distillation":
         loss_fn = example.distillation(model, teacher)
     else:
@@ -60,7 +60,7 @@ def validate() -> tuple[float, bool]:
     return total.item(), isinstance(model.lm_head.weight, DTensor)
 
 
-def _shared(model, world: World):
+def _shared(model, world: World, dtype: str = "float32"):
     """The model as torchtitan's own code shares it out."""
     parallel_dims.device_type = "cpu"  # torchtitan knows accelerators alone
     backend = "partial_dtensor"
@@ -69,7 +69,7 @@ def _shared(model, world: World):
     model = parallelize_llama(
         model,
         parallel_dims=ParallelDims(**size, world_size=world.size, spmd_backend=backend),
-        training=TrainingConfig(mixed_precision_param="float32"),
+        training=TrainingConfig(mixed_precision_param=dtype),
         parallelism=ParallelismConfig(spmd_backend=backend),
         compile_config=CompileConfig(enable=False),
         ac_config=None,  # type: ignore
