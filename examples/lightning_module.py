@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -70,7 +71,7 @@ def eager_step() -> Callable[[], Tensor]:
     student, teacher = tiny_llama(), tiny_llama()
     (batch,) = loader(8)
 
-    def rows(model: LightningModule, prefix: str) -> Tensor:
+    def rows(model: PreTrainedModel, prefix: str) -> Tensor:
         names = ("input_ids", "attention_mask")
         logits = model(**{name: batch[prefix + name] for name in names}, use_cache=False).logits
         return logits[:, :-1][batch[prefix + "labels"][:, 1:] != -100].log_softmax(-1)
