@@ -10,12 +10,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import yaml
 
-from bidistill import cli
 from bidistill.compare import page, run
 from bidistill.compare.cells import CELL, cells_of
-from bidistill.compare.recipe import Limits, load_compare
+from bidistill.compare.recipe import Limits
 from bidistill.compare.results import rows_of, verdict
 from bidistill.errors import UserError
 from bidistill.evaluation.probes import write_probes
@@ -382,37 +380,6 @@ def test_records_that_are_not_there_are_one_line(tmp_path):
     missing = RECIPE["train"] | {"data": {"train": ["train.jsonl", "nowhere.jsonl"]}}
     with pytest.raises(UserError, match=r"data\.train: got 'No such file .* for nowhere\.jsonl"):
         make(tmp_path, train=missing)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"demo": True}, "model: got it with demo: true"),
-        ({"model": None}, "model: got nothing, expected a path"),
-        ({"ours": "mine"}, "ours: got 'mine', expected the name of one of methods: ours, npo"),
-        ({"seeds": [1, 1]}, "seeds: got [1, 1], expected each once"),
-        ({"methods": {"base": {"method": "npo"}, "ours": {"method": "ours"}}}, "methods.base: got"),
-        ({"methods": {"ours": {}}}, "methods.ours: got neither method nor context"),
-        ({"methods": {"ours": {"settings": {"steps": 3}}}}, "methods.ours.settings: got some"),
-        ({"methods": {"a/b": {"method": "npo"}}}, "methods"),
-        ({"sedes": [1]}, "sedes"),
-        ({"train": {"steps": 3, "seed": 7}}, "train.seed: got it in a comparison, expected"),
-        ({"train": {"model": {"path": "x"}}}, "train.model.path: got it in a comparison"),
-        (
-            {"methods": {"ours": {"method": "ours", "settings": {"model.path": "x"}}}},
-            "methods.ours.settings.model.path: got it in a comparison",
-        ),
-    ],
-)
-def test_rejects(tmp_path, changes, message, capsys):
-    path = tmp_path / "compare.yaml"
-    raw = RECIPE | {"probes": "p", "output": str(tmp_path / "out")} | changes
-    path.write_text(yaml.safe_dump(raw, sort_keys=False))
-    with pytest.raises(UserError, match=re.escape(message)):
-        load_compare(path)
-    assert cli.main(["compare", str(path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert not (tmp_path / "out").exists()
 
 
 class Page(HTMLParser):
