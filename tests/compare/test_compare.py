@@ -142,10 +142,22 @@ def test_a_tie_is_said_to_be_one(done):
     assert "as many as npo" in judged.sentence
 
 
-def test_a_mistake_in_one_method_shows_before_anything_is_made(tmp_path):
-    methods = RECIPE["methods"] | {"npo": {"method": "npo", "settings": {"optim.rl": 1e-4}}}
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("npo", {"optim.rl": 1e-4}, "optim: got unknown key 'rl', expected lr"),
+        # each is right by itself: the method reads a layer, the recipe keeps the teacher's rows
+        (
+            "rmu",
+            {"teacher.cache": "disk"},
+            "teacher.cache: got disk with a loss that reads a layer",
+        ),
+    ],
+)
+def test_a_mistake_in_one_method_shows_before_anything_is_made(tmp_path, method, settings, message):
+    methods = RECIPE["methods"] | {"npo": {"method": method, "settings": settings}}
     config, _ = make(tmp_path, methods=methods)
-    with pytest.raises(UserError, match=r"methods\.npo: optim: got unknown key .rl., expected lr"):
+    with pytest.raises(UserError, match=re.escape(f"methods.npo: {message}")):
         run(config)
     assert not config.output.exists()
 
@@ -192,7 +204,7 @@ def test_the_demo_s_data_of_another_version_are_not_used(tmp_path, monkeypatch):
         (folder / "data" / "probes.jsonl").write_text("{}\n")
         made.append(seed)
 
-    monkeypatch.setattr("bidistill.pretrained.smollm2", lambda: tmp_path)
+    monkeypatch.setattr(run_module, "smollm2", lambda: tmp_path)
     monkeypatch.setattr("bidistill.loading.load_base", lambda _: None)
     monkeypatch.setattr("bidistill.loading.load_tokenizer", lambda _: None)
     monkeypatch.setattr("bidistill.demo.prepare.prepare", prepare)

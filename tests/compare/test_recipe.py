@@ -1,5 +1,6 @@
 """What the recipe of a comparison may say, and what it stands for."""
 
+import importlib
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +12,10 @@ from bidistill import cli
 from bidistill.compare.recipe import load_compare
 from bidistill.errors import UserError
 from tests.compare.invented import RECIPE
+
+# the package has a function of that name, too
+run = importlib.import_module("bidistill.compare.run")
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 SHOTS = [
     {"role": "user", "content": "What is the capital of Nauru?"},
@@ -56,11 +61,26 @@ def test_the_demo_s_contexts_lie_under_the_recipe_s(tmp_path):
     assert train["data"]["shuffle"] == 1
 
 
-@pytest.mark.parametrize("name", ["demo-compare", "demo-ablations"])
+@pytest.mark.parametrize("name", ["demo-compare", "demo-rates", "demo-ablations"])
 def test_the_recipes_that_come_along_are_in_order(name):
-    config = load_compare(Path(__file__).parents[2] / "recipes" / f"{name}.yaml")
+    config = load_compare(RECIPES / f"{name}.yaml")
     assert config.demo
     assert set(config.train["teacher"]["contexts"]) == {"forget", "adversarial"}
+    run._check_recipes(config)
+
+
+def test_rates_are_chosen_on_other_seeds_than_they_are_judged_by():
+    judged, chosen = (load_compare(RECIPES / f"demo-{n}.yaml") for n in ("compare", "rates"))
+    assert not set(judged.seeds) & set(chosen.seeds)
+    for name, method in judged.methods.items():
+        if method.method is None:
+            continue
+        rate = method.settings["optim.lr"]
+        row = chosen.methods[f"{name}-{rate:g}"]
+        assert row.settings == method.settings, name
+        assert row.method == method.method
+        # all of them had the same two rates to choose from
+        assert {f"{name}-0.001", f"{name}-0.0003"} <= set(chosen.methods)
 
 
 @pytest.mark.parametrize(
