@@ -8,19 +8,22 @@
     methods:
       ours: {method: ours}
       npo: {method: npo, settings: {optim.lr: 3e-4}}
-      instructed: {context: [{role: user, content: ...}]}
+      instructed: {context_of: forget}
     output: runs/compare
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from pydantic import Field
 
+from bidistill.data.records import Role
 from bidistill.errors import UserError
-from bidistill.settings import STRICT, AtLeastOne, Count, Fraction, Message, load
+from bidistill.settings import STRICT, AtLeastOne, Count, Fraction, Message, laid, load
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """Of a method: it is the name of a folder, too."""
@@ -50,6 +53,9 @@ class MethodConfig:
     share."""
     context: tuple[Message, ...] = ()
     """Messages before every question that this row is asked."""
+    context_of: Role | None = None
+    """The same, as the teacher of the examples of this role is told them: a key of
+    ``train.teacher.contexts``."""
     note: str = ""
     """What readers of the table should know."""
 
@@ -72,7 +78,8 @@ class CompareConfig:
     __pydantic_config__ = STRICT
 
     demo: bool = False
-    """Take model, records and probes from ``bidistill demo``: `model` and `probes` stay out."""
+    """Take model, records and probes from ``bidistill demo``: `model` and `probes` stay out. What
+    its recipe says of data and teacher lies under `train`."""
     model: str | None = None
     """Folder of the model that all methods change."""
     probes: Path | None = None
@@ -107,6 +114,48 @@ def load_compare(path: Path | str, overrides: Sequence[str] = ()) -> CompareConf
             settings contradict each other.
     """
     config = load(CompareConfig, path, overrides)
+    _check(config)
+    if config.demo:
+        config = replace(config, train=laid(_demo_train(), config.train))
+    return replace(
+        config, methods={name: _told(config, name, m) for name, m in config.methods.items()}
+    )
+
+
+def _demo_train() -> dict[str, Any]:
+    """What the demo's recipe says that its facts need, whichever method learns them."""
+    recipe = yaml.safe_load((files("bidistill.demo") / "recipe.yaml").read_text(encoding="utf-8"))
+    return {
+        "data": {"max_answer_tokens": recipe["data"]["max_answer_tokens"]},
+        "teacher": {"contexts": recipe["teacher"]["contexts"]},
+    }
+
+
+def _told(config: CompareConfig, name: str, method: MethodConfig) -> MethodConfig:
+    """The method with the messages that `context_of` stands for.
+
+    Raises:
+        UserError: that role has no context, or messages are given as well.
+    """
+    role = method.context_of
+    if role is None:
+        return method
+    key = f"methods.{name}.context_of"
+    if method.context:
+        raise UserError(f"{key}: got it beside context, expected one of the two; leave one out")
+    teacher = config.train.get("teacher")
+    contexts = (teacher.get("contexts") if isinstance(teacher, dict) else None) or {}
+    if not contexts.get(role):
+        known = ", ".join(contexts) or "none"
+        raise UserError(
+            f"{key}: got {role!r}, expected a role that has a context in train.teacher.contexts "
+            f"({known}); give it one, or name another"
+        )
+    return replace(method, context=tuple(contexts[role]), context_of=None)
+
+
+def _check(config: CompareConfig) -> None:
+    """Find settings that contradict each other."""
     if config.demo and (config.model or config.probes):
         given = "model" if config.model else "probes"
         raise UserError(f"{given}: got it with demo: true, which brings its own; leave one out")
@@ -132,12 +181,11 @@ def load_compare(path: Path | str, overrides: Sequence[str] = ()) -> CompareConf
             raise UserError(
                 f"methods.{name}.settings: got some without a method to train by; name one"
             )
-        if method.method is None and not method.context:
+        if method.method is None and not method.context and not method.context_of:
             raise UserError(
                 f"methods.{name}: got neither method nor context, expected one; the model as it "
                 f"is stands in the row {BASE} anyway"
             )
-    return config
 
 
 def _dotted(settings: Mapping[str, Any], depth: int = 2) -> Iterator[str]:

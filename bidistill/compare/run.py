@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import yaml
 
+from bidistill import prepare
 from bidistill.compare import page
 from bidistill.compare.cells import Cell, cells_of, recipe_of
 from bidistill.compare.recipe import BASE, CompareConfig
@@ -23,6 +24,7 @@ from bidistill.errors import UserError
 from bidistill.evaluation.attacks import check_names, require_forget
 from bidistill.evaluation.probes import read_probes
 from bidistill.files import write_text
+from bidistill.pretrained import smollm2
 from bidistill.progress import say
 
 FAILED, INTERRUPTED = 1, 130
@@ -89,23 +91,22 @@ def _inputs(config: CompareConfig, *, make: bool) -> Inputs:
         assert config.model, "load_compare checks"
         assert config.probes, "load_compare checks"
         return Inputs(config.model, None, config.probes)
-    from bidistill.demo.prepare import PROBES, RECORDS, prepare, sources_sha256
+    from bidistill.demo import prepare as demo
     from bidistill.loading import load_base, load_tokenizer
-    from bidistill.pretrained import smollm2
 
     folder, model = config.output / SHARED, smollm2()
     made_by = folder / MADE_BY
-    if not (folder / PROBES).exists():  # written after the records
+    if not (folder / demo.PROBES).exists():  # written after the records
         if not make:
             raise _nothing(config)
-        write_text(made_by, sources_sha256())
-        prepare(load_base(model), load_tokenizer(model), folder, seed=0)
-    elif not made_by.exists() or made_by.read_text(encoding="utf-8") != sources_sha256():
+        write_text(made_by, demo.sources_sha256())
+        demo.prepare(load_base(model), load_tokenizer(model), folder, seed=0)
+    elif not made_by.exists() or made_by.read_text(encoding="utf-8") != demo.sources_sha256():
         raise UserError(
             f"{folder}: got the data of another version of the demo, expected this one's; choose "
             "another output, or delete this one"
         )
-    return Inputs(str(model), str(folder / RECORDS), folder / PROBES)
+    return Inputs(str(model), str(folder / demo.RECORDS), folder / demo.PROBES)
 
 
 def _check(config: CompareConfig) -> None:
@@ -124,7 +125,7 @@ def _check(config: CompareConfig) -> None:
 
 def _check_recipes(config: CompareConfig) -> None:
     """Find a mistake in any method's settings before anything is made."""
-    model, records = (config.model, None) if config.model else ("model", "records")
+    model, records = (config.model, None) if config.model else (str(smollm2()), "records")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         for name, method in config.methods.items():
@@ -133,7 +134,7 @@ def _check_recipes(config: CompareConfig) -> None:
             recipe = recipe_of(config, name, model, records) | {"output": folder}
             path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
             try:
-                load_config(path)
+                prepare.check(load_config(path))
             except UserError as error:
                 raise UserError(f"methods.{name}: {error}") from None
 
