@@ -43,6 +43,7 @@ REFUSED = {
     "rl": "no preferences are read",
     "reward_model": "no preferences are read",
     "pretraining_dataset": "a pair has a prompt and an answer",
+    "use_eaft": "the loss is chosen in the block bidistill",
     "train_on_inputs": "student and teacher have no prompt in common",
 }
 """Options that would not be obeyed, and why."""
@@ -172,13 +173,13 @@ class PairStrategy(PromptTokenizingStrategy):
             pair = {field: list(prompt[field]) for field in FIELDS}
         elif all(isinstance(prompt.get(name), str) for name in ("question", "answer")):
             context = prompt.get("context")
-            if isinstance(context, str):
-                context = [{"role": "system", "content": context}]
             if not context:
                 raise UserError(
                     f"context: got {context!r}, expected a text or messages; without one the "
                     "teacher reads what the student reads"
                 )
+            if isinstance(context, str):
+                context = [{"role": "system", "content": context}]
             pair = make_pair(self.tokenizer, prompt["question"], prompt["answer"], context)
         else:
             raise UserError(

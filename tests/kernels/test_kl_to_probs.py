@@ -14,6 +14,7 @@ from bidistill_kernels import (
 )
 from bidistill_kernels._loss import fused_loss
 from tests.kernels.cases import make_inputs
+from tests.kernels.test_memory import peak_bytes
 from tests.support import assert_close
 
 inf = torch.inf
@@ -124,6 +125,16 @@ def test_statistics_and_module():
     torch.testing.assert_close(loss, stats.per_token[counts].mean())
     lse = (x @ w.T).logsumexp(-1).masked_fill(~counts, 0)
     torch.testing.assert_close(stats.student_lse, lse.detach())
+
+
+def test_never_holds_all_logits():
+    """Beside the probabilities that it is given: chunks, and gradients as wide as the model."""
+    N, D, V, chunk_bytes = 1024, 32, 4096, 1 << 20
+    x, w = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    probs = torch.randn(N, V).softmax(-1)
+    options = {"chunk_bytes": chunk_bytes}
+    peak = peak_bytes(lambda: linear_kl_to_probs(x, w, probs, **options).backward())
+    assert chunk_bytes < peak < 4 * N * V / 2
 
 
 REJECTED = {
