@@ -30,7 +30,6 @@ CASES = {
     "jsd, adapters off": {"adapter": LORA},
     "jsd, adapter on the head": {"adapter": HEAD, "teacher_model_kind": "live"},
     "jsd, the head's adapter off": {"adapter": HEAD},
-    "jsd, ema adapter": {"adapter": LORA, "teacher_model_kind": "ema"},
     "sampled": {"distillation_mode": "sampled_token", "distillation_alpha": 1.0},
     "top ids": {"distillation_mode": "topk_logits", "distillation_topk": 5},
     "top ids and others": {
