@@ -6,8 +6,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # the oldest Triton that the kernels must compile with, beside the installed one; 640 MB
 OLDEST_TRITON := $(VENV)/triton-3.6.0
-# who the benchmarks compare with: pure Python, on the path of the benchmarks alone
+# whom the benchmarks compare with, and the trainers of the integrations: pure Python, on the path of
+# their tests alone. torchtitan needs Python 3.11
 PEERS := $(VENV)/peers
+PACKAGES := liger-kernel trl orda-kernel cut-cross-entropy \
+  lightning pytorch-lightning lightning-utilities torchmetrics axolotl \
+  'torchtitan; python_version >= "3.11"' torchdata torch-checkpointing spmd-types tyro einops \
+  typeguard shtab docstring-parser addict colorama
 
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint bench gate wheels ablation install clean
@@ -68,8 +73,7 @@ $(OLDEST_TRITON): | $(INSTALLED)
 # without their dependencies: what the benchmarks import of them needs no more than we do
 $(PEERS): constraints.txt | $(INSTALLED)
 	rm -rf $@ $@.part
-	$(BIN)/python -m pip install -c constraints.txt --no-deps --target $@.part \
-	  liger-kernel trl orda-kernel cut-cross-entropy
+	$(BIN)/python -m pip install -c constraints.txt --no-deps --target $@.part $(PACKAGES)
 	mv $@.part $@
 
 clean:

@@ -7,3 +7,7 @@ class UserError(Exception):
     The command line prints it as ``error: <message>`` and exits with code 2. Wording:
     ``<what>: got <value>, expected <value>; <what to do>``.
     """
+
+
+class MissingPackage(UserError, ImportError):
+    """A package that is needed for one thing alone is not installed, or is another version."""

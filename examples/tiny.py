@@ -20,6 +20,8 @@ from transformers import (
 
 VOCABULARY = 4096
 """Large beside the other widths, as real ones are: logits are what takes the memory."""
+ANSWER_TOKENS = 2, 7
+"""Of the shortest answer and of the longest."""
 
 
 class Pair(TypedDict):
@@ -66,7 +68,7 @@ def make_pairs(count: int = 8, seed: int = 0) -> list[Pair]:
             Pair(
                 prompt_ids=prompt,
                 teacher_prompt_ids=tokens(4, 8) + prompt,
-                answer_ids=tokens(2, 7),
+                answer_ids=tokens(*ANSWER_TOKENS),
             )
         )
     return pairs

@@ -18,10 +18,10 @@ from torchtitan.models.llama3 import Llama3Model, llama3_configs
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bidistill.integrations.torchtitan import FusedCrossEntropy, FusedDistillation, teacher_rows
-from examples.tiny import VOCABULARY, Pair, make_pairs
+from examples.tiny import ANSWER_TOKENS, VOCABULARY, Pair, make_pairs
 
-LENGTH = 24
-"""Tokens of a padded sequence: what torchtitan's chunked loss can cut into eight."""
+LENGTH = 17 + ANSWER_TOKENS[1]
+"""Tokens of the longest sequence; torchtitan's chunked loss cuts it into eight."""
 
 
 def tiny_titan(seed: int = 0, tied: bool = False) -> Llama3Model:

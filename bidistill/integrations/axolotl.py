@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from bidistill.errors import UserError
+from bidistill.errors import MissingPackage, UserError
 from bidistill.integrations.attach import attach
 from bidistill.integrations.collator import FIELDS, PairCollator, make_pair
 
@@ -32,7 +32,7 @@ try:
     from axolotl.integrations.base import BasePlugin
     from axolotl.prompt_tokenizers import PromptTokenizingStrategy
 except ImportError as error:
-    raise UserError(
+    raise MissingPackage(
         f"axolotl: got none that can be imported ({error}), expected 0.19 or later; pip install "
         "axolotl"
     ) from None

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bidistill.data.padded import IGNORED
-from bidistill.errors import UserError
+from bidistill.errors import MissingPackage, UserError
 from bidistill.integrations.attach import Kind, attach
 
 try:
@@ -25,7 +25,7 @@ except ImportError:
     try:
         from pytorch_lightning import LightningModule
     except ImportError as error:
-        raise UserError(
+        raise MissingPackage(
             f"lightning: got none that can be imported ({error}), expected lightning 2; "
             "pip install lightning"
         ) from None

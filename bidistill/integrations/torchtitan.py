@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from bidistill.errors import UserError
+from bidistill.errors import MissingPackage, UserError
 from bidistill.integrations.supported import check_loss
 from bidistill.losses import find
 from bidistill_kernels import linear_cross_entropy
@@ -33,7 +33,7 @@ try:
     from torchtitan.components.loss import IGNORE_INDEX, BaseLoss, ChunkedLossWrapper
     from torchtitan.distributed.spmd_types import spmd_mesh_size
 except ImportError as error:
-    raise UserError(
+    raise MissingPackage(
         f"torchtitan: got none that can be imported ({error}), expected 0.3; pip install torchtitan"
     ) from None
 

@@ -23,14 +23,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from bidistill.errors import UserError
+from bidistill.errors import MissingPackage, UserError
 from bidistill_kernels import LogitTransform, linear_bidirectional_kl, linear_jsd
 
 try:
     from trl.trainer import distillation_trainer as _module
     from trl.trainer.distillation_trainer import DistillationTrainer as _DistillationTrainer
 except ImportError as error:
-    raise UserError(
+    raise MissingPackage(
         f"trl: got no package that has a DistillationTrainer ({error}), expected trl 1.16 or "
         "later; pip install trl"
     ) from None

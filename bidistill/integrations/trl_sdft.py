@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from peft import PeftModel
 from torch import Tensor, nn
 
-from bidistill.errors import UserError
+from bidistill.errors import MissingPackage, UserError
 from bidistill.integrations.supported import check_model
 from bidistill.models import adapters_off, attach_head, backbone, read_logit_transform
 
@@ -34,7 +34,7 @@ try:
 
     from bidistill.integrations.trl_sdft_loss import Losses, Model
 except ImportError as error:
-    raise UserError(
+    raise MissingPackage(
         f"trl: got no package that has an SDFTTrainer ({error}), expected trl 1.16 or later; "
         "pip install trl"
     ) from None

@@ -1,0 +1,85 @@
+"""What the fused losses save in other trainers: each example's step beside that of full logits.
+
+    PYTHONPATH=.venv/peers python -m bench.integrations      # a Markdown table; minutes
+
+Both are one forward and backward of student, teacher and loss, on the examples' tiny model with a
+vocabulary and answers of ordinary size: 8 answers of 96 to 111 tokens, 32,768 ids, width 64. Beside
+so narrow a model the loss is nearly all there is; of a real one it is a share. Steps are timed in
+turns, in one process for each example. Times on a CPU are ratios within this run.
+"""
+
+import argparse
+import importlib
+import json
+import subprocess
+import sys
+import warnings
+from typing import Any
+
+import torch
+
+from bench import record
+from bench.meter import CpuMeter, quantile
+
+EXAMPLES = (
+    "hf_trainer",
+    "accelerate_loop",
+    "trl_distillation",
+    "trl_sdft",
+    "liger",
+    "fsdp2",
+    "lightning_module",
+    "torchtitan_loss",
+)
+VOCABULARY = 32_768
+ANSWER_TOKENS = 96, 111
+TURNS = 9
+MIB = 1 << 20
+
+
+def measure(example: str) -> dict[str, Any]:
+    """Median seconds and peak bytes of both steps of an example, and their losses' kind."""
+    from examples import tiny
+
+    # read when models and pairs are made, and when an example is imported
+    tiny.VOCABULARY, tiny.ANSWER_TOKENS = VOCABULARY, ANSWER_TOKENS
+    module = importlib.import_module(f"examples.{example}")
+    steps = {"eager": module.eager_step(), "fused": module.fused_step()}
+    meter, samples = CpuMeter(), {name: [] for name in steps}
+    peaks = {name: meter.peak_bytes(step) for name, step in steps.items()}
+    for _ in range(TURNS):
+        for name, step in steps.items():
+            samples[name] += meter.samples_ms(step)
+    times = {name: quantile(sampled, 0.5) for name, sampled in samples.items()}
+    return {"example": example, "peak_bytes": peaks, "median_ms": times}
+
+
+def main() -> None:
+    """Measure all, each in a process of its own, and print a table."""
+    parser = argparse.ArgumentParser(description="Each example's step, fused and from full logits.")
+    parser.add_argument("--only", choices=EXAMPLES, help="measure one, and print JSON")
+    only = parser.parse_args().only
+    if only:
+        warnings.simplefilter("ignore")
+        print(json.dumps(measure(only)))
+        return
+    commit = record.commit()
+    changed = " and changes" if commit["dirty"] else ""
+    threads = torch.get_num_threads()
+    print(f"Commit {commit['commit']}{changed}, PyTorch {torch.__version__}, threads {threads}\n")
+    print("| example | full logits, MiB | fused, MiB | time, fused / full logits |")
+    print("|---|---|---|---|")
+    for example in EXAMPLES:
+        command = [sys.executable, "-m", "bench.integrations", "--only", example]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"| {example} | {done.stderr.strip().splitlines()[-1]} | | |")
+            continue
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        peaks, times = found["peak_bytes"], found["median_ms"]
+        eager, fused = (f"{peaks[name] / MIB:,.0f}" for name in ("eager", "fused"))
+        print(f"| {example} | {eager} | {fused} | {times['fused'] / times['eager']:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
