@@ -8,8 +8,8 @@ import pytest
 from tests.trainer.ranks import Ranks
 
 # a folder with the packages alone, as `make test` makes it: what torchtitan and axolotl require
-# excludes what others here need. It comes last on the path, to take the place of nothing. Tests skip
-# what is not there.
+# excludes what others here need. It comes last on the path, to take the place of nothing. Tests
+# skip what is not there.
 if folder := os.environ.get("PEERS"):
     sys.path.append(os.path.abspath(folder))
 
