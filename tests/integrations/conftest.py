@@ -10,8 +10,18 @@ from tests.trainer.ranks import Ranks
 # a folder with the packages alone, as `make test` makes it: what torchtitan and axolotl require
 # excludes what others here need. It comes last on the path, to take the place of nothing. Tests
 # skip what is not there.
-if folder := os.environ.get("PEERS"):
-    sys.path.append(os.path.abspath(folder))
+FOLDER = os.environ.get("PEERS")
+if FOLDER:
+    sys.path.append(os.path.abspath(FOLDER))
+
+
+@pytest.fixture(autouse=True)
+def _path_of_programs(monkeypatch):
+    """Programs that a test starts, such as the examples, find the same packages."""
+    if FOLDER:
+        given = os.environ.get("PYTHONPATH")
+        paths = [*([given] if given else []), os.path.abspath(FOLDER)]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
 
 
 @pytest.fixture(scope="module")

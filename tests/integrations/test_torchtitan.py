@@ -164,7 +164,7 @@ def test_refuses_calls():
 def test_says_what_to_install():
     code = "import sys; sys.modules['torchtitan'] = None; import bidistill.integrations.torchtitan"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "UserError: torchtitan: got none that can be imported" in said.stderr
+    assert "MissingPackage: torchtitan: got none that can be imported" in said.stderr
 
 
 def test_the_two_steps_to_time_compute_the_same():
