@@ -34,7 +34,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED) $(OLDEST_TRITON) $(PEERS)
 	OLDEST_TRITON=$(OLDEST_TRITON) PEERS=$(PEERS) $(BIN)/python -m pytest
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) $(PEERS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
