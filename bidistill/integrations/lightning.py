@@ -92,6 +92,10 @@ class DistillationModule(LightningModule):  # type: ignore - one of two
         for teacher in self._teacher:
             teacher.to(self.device)
 
+    def on_train_start(self) -> None:
+        """Forget what an interrupted fit has counted of a window that it did not end."""
+        self._counted = 0
+
     def training_step(self, batch: Batch, batch_idx: int) -> Float[Tensor, ""]:
         """Sum the loss over the answer tokens of a batch, and count them."""
         total, count = self._summed(batch)

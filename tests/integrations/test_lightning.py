@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +16,12 @@ from bidistill.errors import UserError
 from tests.support import assert_close
 
 pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+from lightning.pytorch import Callback
+
 from bidistill.integrations.collator import PairCollator
 from examples import lightning_module as example
 from examples.tiny import eager_kl, make_pairs, tiny_llama
-from tests.integrations.lightning_run import fit, gradients, pair_of_models
+from tests.integrations.lightning_run import Recorder, fit, gradients, pair_of_models
 from tests.trainer.tiny import make_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +56,26 @@ def test_a_short_last_window_counts_its_own_tokens():
     first, last = gradients(cut)
     _, whole = fit(6, max_epochs=1)
     assert_equal([first, last], gradients(whole))
+
+
+def test_a_fit_does_not_count_what_an_interrupted_one_left():
+    class Interrupted(Exception):
+        pass
+
+    class Interrupt(Callback):
+        def on_train_batch_end(self, *arguments):
+            raise Interrupted
+
+    student, teacher = pair_of_models(wide=True)
+    module = example.DistillationModule(student, partial(Recorder, lr=1e-2), teacher=teacher)
+    options = {"max_epochs": 1, "accumulate_grad_batches": 2}
+    loader = DataLoader(make_pairs(), 4, collate_fn=PairCollator(padding=1))
+    with pytest.raises(Interrupted):
+        example.trainer(callbacks=[Interrupt()], **options).fit(module, loader)
+    running = example.trainer(**options)
+    running.fit(module, loader)
+    _, whole = fit(8, max_epochs=1)
+    assert_equal(gradients(running), gradients(whole))
 
 
 def test_equals_the_objective_from_full_logits():
