@@ -49,9 +49,10 @@ class DistillationModule(LightningModule):  # type: ignore - one of two
             optimiser or whatever else ``configure_optimizers`` may: ``partial(AdamW, lr=1e-4)``.
         loss: name of a loss of `bidistill.losses` that compares LM heads.
         teacher: see `bidistill.integrations.attach.attach`. A model is moved to the device of the
-            student, and is no part of checkpoints.
+            batches, and is no part of checkpoints.
         options: of the loss.
         temperature: divisor of both models' logits.
+        chunk_bytes: of logits that exist at a time; None: the kernels' own choice.
 
     Raises:
         UserError: what `attach` refuses.
@@ -66,11 +67,17 @@ class DistillationModule(LightningModule):  # type: ignore - one of two
         teacher: Kind | nn.Module = "auto",
         options: Mapping[str, Any] | None = None,
         temperature: float = 1.0,
+        chunk_bytes: int | None = None,
     ) -> None:
         """Attach the loss to the model."""
         super().__init__()
         self.model = attach(
-            model, loss, teacher=teacher, options=options, temperature=temperature
+            model,
+            loss,
+            teacher=teacher,
+            options=options,
+            temperature=temperature,
+            chunk_bytes=chunk_bytes,
         ).train()
         self._make_optimizer = optimizer
         # in a tuple it is no submodule: not saved, not shared out, not trained
@@ -82,15 +89,13 @@ class DistillationModule(LightningModule):  # type: ignore - one of two
         return self._make_optimizer(p for p in self.model.parameters() if p.requires_grad)
 
     def on_fit_start(self) -> None:
-        """Move the teacher along, and refuse a strategy that keeps the gradients to itself."""
+        """Refuse a strategy that keeps the gradients to itself."""
         strategy = type(self.trainer.strategy).__name__
         if "DeepSpeed" in strategy:
             raise UserError(
                 f"strategy: got {strategy}, expected one whose gradients can be scaled before the "
                 "optimiser; take ddp"
             )
-        for teacher in self._teacher:
-            teacher.to(self.device)
 
     def on_train_start(self) -> None:
         """Forget what an interrupted fit has counted of a window that it did not end."""
@@ -111,10 +116,10 @@ class DistillationModule(LightningModule):  # type: ignore - one of two
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients by the answer tokens of the window, before they are clipped."""
-        counted = torch.as_tensor(self._counted, dtype=torch.float64, device=self.device)
+        counted = torch.as_tensor(self._counted, device=self.device)
         everywhere = self.trainer.strategy.reduce(counted.clone(), reduce_op="sum")
         # the strategy has averaged the gradients of the ranks; the loss is a sum over them
-        scale = (self.trainer.world_size / everywhere.clamp(min=1)).float()  # type: ignore
+        scale = self.trainer.world_size / everywhere.clamp(min=1)  # type: ignore
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -123,5 +128,7 @@ class DistillationModule(LightningModule):  # type: ignore - one of two
 
     def _summed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The sum of the loss, and the number of answer tokens."""
+        for teacher in self._teacher:  # here, as a validation needs no fit before it
+            teacher.to(batch["input_ids"].device)
         total: Tensor = self.model(**batch, num_items_in_batch=1).loss
         return total, (batch["shift_labels"] != IGNORED).sum()

@@ -133,6 +133,20 @@ def test_validation_weighs_by_answer_tokens():
     assert logged["val_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_validation_without_a_fit_moves_the_teacher_along(monkeypatch):
+    student, teacher = tiny_llama(), tiny_llama(seed=1)
+    module = example.DistillationModule(student, torch.optim.AdamW, teacher=teacher)
+    devices = []
+    monkeypatch.setattr(teacher, "to", devices.append)
+    example.trainer().validate(module, example.loader(8), verbose=False)
+    assert devices == [torch.device("cpu")]
+
+
+def test_the_size_of_chunks_goes_to_the_loss():
+    module = example.DistillationModule(tiny_llama(), torch.optim.AdamW, chunk_bytes=1 << 16)
+    assert module.model.bidistill_attachment.chunk_bytes == 1 << 16
+
+
 def test_mixed_precision_is_the_trainers_business():
     _, exact = fit(8, wide=False, max_epochs=1)
     _, mixed = fit(4, wide=False, max_epochs=1, accumulate_grad_batches=2, precision="bf16-mixed")
