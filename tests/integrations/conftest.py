@@ -1,26 +1,21 @@
 """The other trainers on the path, and ranks for the tests of integrations."""
 
 import os
-import sys
 
 import pytest
 
+from tests.integrations import peers
 from tests.trainer.ranks import Ranks
 
-# a folder with the packages alone, as `make test` makes it: what torchtitan and axolotl require
-# excludes what others here need. It comes last on the path, to take the place of nothing. Tests
-# skip what is not there.
-FOLDER = os.environ.get("PEERS")
-if FOLDER:
-    sys.path.append(os.path.abspath(FOLDER))
+peers.add_to_path()
 
 
 @pytest.fixture(autouse=True)
 def _path_of_programs(monkeypatch):
     """Programs that a test starts, such as the examples, find the same packages."""
-    if FOLDER:
+    if peers.FOLDER:
         given = os.environ.get("PYTHONPATH")
-        paths = [*([given] if given else []), os.path.abspath(FOLDER)]
+        paths = [*([given] if given else []), peers.FOLDER]
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
 
 
