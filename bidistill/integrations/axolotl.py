@@ -33,8 +33,8 @@ try:
     from axolotl.prompt_tokenizers import PromptTokenizingStrategy
 except ImportError as error:
     raise MissingPackage(
-        f"axolotl: got none that can be imported ({error}), expected 0.19 or later; pip install "
-        "axolotl"
+        f"axolotl: got none that can be imported ({error}), expected 0.19 or later; install it as "
+        "docs/integrations/axolotl.md says"
     ) from None
 
 REFUSED = {
@@ -45,6 +45,8 @@ REFUSED = {
     "pretraining_dataset": "a pair has a prompt and an answer",
     "use_eaft": "the loss is chosen in the block bidistill",
     "train_on_inputs": "student and teacher have no prompt in common",
+    "context_parallel_size": "a device has whole sequences",
+    "tensor_parallel_size": "a device has the whole LM head",
 }
 """Options that would not be obeyed, and why."""
 
@@ -100,9 +102,11 @@ class Plugin(BasePlugin):
         """
         _settings(cfg)
         for name, why in REFUSED.items():
-            if cfg.get(name):
+            value = cfg.get(name)
+            alone = type(value) is int and value == 1  # of how many devices share: none does
+            if value and not alone:
                 raise UserError(
-                    f"{name}: got {cfg[name]!r} with the plugin of bidistill, where {why}, "
+                    f"{name}: got {value!r} with the plugin of bidistill, where {why}, "
                     "expected none; leave one of the two out"
                 )
         if cfg.get("excess_length_strategy") == "truncate":

@@ -34,7 +34,8 @@ try:
     from torchtitan.distributed.spmd_types import spmd_mesh_size
 except ImportError as error:
     raise MissingPackage(
-        f"torchtitan: got none that can be imported ({error}), expected 0.3; pip install torchtitan"
+        f"torchtitan: got none that can be imported ({error}), expected 0.3; install it as "
+        "docs/integrations/torchtitan.md says"
     ) from None
 
 Result = tuple[Float[Tensor, ""], dict[str, Tensor]]

@@ -140,6 +140,8 @@ def test_rejects_records(ours, example, record, message):
 REJECTED = {
     "packing": ({"sample_packing": True}, "sample_packing: got True"),
     "preferences": ({"rl": "dpo"}, "rl: got 'dpo'"),
+    "cut sequences": ({"context_parallel_size": 2}, "context_parallel_size: got 2"),
+    "cut heads": ({"tensor_parallel_size": 2}, "tensor_parallel_size: got 2"),
     "truncation": ({"excess_length_strategy": "truncate"}, "excess_length_strategy"),
     "unknown": ({"bidistill": {"los": "jsd"}}, r"bidistill.los: got 'jsd'.*Extra inputs"),
     "type": ({"bidistill": {"temperature": "hot"}}, "bidistill.temperature: got 'hot'"),
@@ -150,6 +152,11 @@ REJECTED = {
 def test_rejects(tmp_path, example, changes, message):
     with pytest.raises(UserError, match=message):
         example.make_trainer(str(tmp_path), config(example, **changes))
+
+
+def test_sizes_of_one_are_none(ours, example):
+    sizes = {"context_parallel_size": 1, "tensor_parallel_size": 1}
+    ours.Plugin().pre_model_load(config(example, **sizes))
 
 
 def test_a_loss_that_does_not_exist(tmp_path, example):
