@@ -1,6 +1,6 @@
 """What axolotl does with the plugin, step by step, in its order and with its own plugin manager.
 
-With axolotl installed in full the same is ``axolotl train examples/axolotl.yaml``.
+Model and pairs are made here, so ``base_model`` and ``path`` of the YAML file are not read.
 
 .. code-block:: text
 
