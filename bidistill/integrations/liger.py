@@ -11,19 +11,13 @@ Legend: N tokens (B T in Liger's documentation), V vocabulary, D and E widths of
 teacher.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from bidistill.errors import UserError
-from bidistill_kernels import (
-    LogitTransform,
-    linear_bidirectional_kl,
-    linear_jsd,
-    linear_kl_to_probs,
-)
+from bidistill.integrations.divergence import divergence
+from bidistill_kernels import LogitTransform, linear_kl_to_probs
 
 
 class LigerFusedLinearJSD(nn.Module):
@@ -92,19 +86,17 @@ class LigerFusedLinearJSD(nn.Module):
             Nats per token, fp32 (fp64 for fp64 inputs); 0 if all rows are ignored.
         """
         tempered = LogitTransform(temperature=self.temperature)
-        options: dict[str, Any] = {
-            "ignore_index": self.ignore_index,
-            "student_transform": tempered,
-            "teacher_transform": tempered,
-        }
-        function = linear_jsd
-        if self.jsd_beta in (0, 1):
-            function = linear_bidirectional_kl
-            options |= {"forward": 1.0 - self.jsd_beta, "reverse": float(self.jsd_beta)}
-        else:
-            options["beta"] = self.jsd_beta
-        teacher = teacher_input.detach(), teacher_weight.detach()
-        return function(student_input, student_weight, *teacher, shift_labels, **options)
+        return divergence(
+            student_input,
+            student_weight,
+            teacher_input,
+            teacher_weight,
+            self.jsd_beta,
+            target=shift_labels,
+            ignore_index=self.ignore_index,
+            student_transform=tempered,
+            teacher_transform=tempered,
+        )
 
 
 class LigerFusedLinearKLDivLoss(nn.Module):

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from bidistill.errors import MissingPackage, UserError
-from bidistill_kernels import LogitTransform, linear_bidirectional_kl, linear_jsd
+from bidistill.integrations.divergence import divergence
+from bidistill_kernels import LogitTransform, linear_bidirectional_kl
 
 try:
     from trl.trainer import distillation_trainer as _module
@@ -34,34 +35,6 @@ except ImportError as error:
         f"trl: got no package that has a DistillationTrainer ({error}), expected trl 1.16 or "
         "later; pip install trl"
     ) from None
-
-
-def divergence(
-    student_hidden: Float[Tensor, "N D"],
-    student_weight: Float[Tensor, "V D"],
-    teacher_hidden: Float[Tensor, "N E"],
-    teacher_weight: Float[Tensor, "V E"],
-    beta: float,
-    **options: Any,  # noqa: ANN401
-) -> Any:  # noqa: ANN401
-    """TRL's divergence of a ``beta``, of which the ends are the two KLs.
-
-    Args:
-        student_hidden: last hidden states, differentiable.
-        student_weight: the student's LM head.
-        teacher_hidden: constants.
-        teacher_weight: constant.
-        beta: 0: KL(teacher || student); 1: KL(student || teacher); between: the JSD whose mixture
-            holds a share ``beta`` of the teacher.
-        **options: those of `bidistill_kernels.linear_jsd`.
-
-    Returns:
-        As `bidistill_kernels.linear_jsd`.
-    """
-    tensors = student_hidden, student_weight, teacher_hidden.detach(), teacher_weight.detach()
-    if beta in (0, 1):
-        return linear_bidirectional_kl(*tensors, forward=1.0 - beta, reverse=float(beta), **options)
-    return linear_jsd(*tensors, beta=beta, **options)
 
 
 @torch.no_grad()
@@ -114,7 +87,7 @@ def fused_divergence_loss(
         student_lm_head_weight: differentiable.
         teacher_lm_head_weight: constant.
         completion_mask: nonzero where a token counts.
-        beta: as in :func:`divergence`.
+        beta: as in `bidistill.integrations.divergence.divergence`.
         num_items_in_batch: divisor of the sum; None: the tokens that count here.
         student_lm_head_bias: differentiable.
         teacher_lm_head_bias: constant.

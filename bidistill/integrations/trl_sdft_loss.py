@@ -21,7 +21,7 @@ from trl.experimental.sdft import SDFTConfig
 from trl.experimental.sdft.loss_utils import compute_topk_self_distillation_loss
 
 from bidistill.errors import UserError
-from bidistill.integrations.trl import divergence
+from bidistill.integrations.divergence import divergence
 from bidistill_kernels import LogitTransform, linear_cross_entropy
 
 CHUNK_BYTES = 64 << 20
