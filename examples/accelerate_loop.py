@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bidistill.integrations.attach import attach
 from bidistill.integrations.collator import PairCollator
-from examples.tiny import Pair, eager_kl, make_pairs, tiny_llama
+from examples.tiny import Pair, batch_logits, eager_kl, make_pairs, tiny_llama
 
 ROUNDS = 10
 
@@ -67,15 +67,10 @@ def eager_step() -> Callable[[], None]:
     student, teacher = tiny_llama(), tiny_llama(seed=1).eval()
     batch = PairCollator(student.config.pad_token_id)(make_pairs())  # type: ignore
 
-    def answers(model: torch.nn.Module, prefix: str) -> Tensor:
-        ids, mask, labels = (batch[prefix + n] for n in ("input_ids", "attention_mask", "labels"))
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return logits[:, :-1][labels[:, 1:] != -100].float().log_softmax(-1)
-
     def step() -> None:
-        s = answers(student, "")
+        s = batch_logits(student, batch).log_softmax(-1)
         with torch.no_grad():
-            t = answers(teacher, "teacher_")
+            t = batch_logits(teacher, batch, "teacher_").log_softmax(-1)
         (0.5 * ((t.exp() - s.exp()) * (t - s)).sum() / len(s)).backward()
 
     return step

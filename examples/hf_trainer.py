@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bidistill.integrations.attach import attach
 from bidistill.integrations.collator import PairCollator
-from examples.tiny import eager_kl, make_pairs, tiny_llama
+from examples.tiny import batch_logits, eager_kl, make_pairs, tiny_llama
 
 
 def adapted() -> PeftModel:
@@ -66,19 +66,12 @@ class EagerTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Half of each KL divergence, over the answer tokens."""
-        student = _answers(model, inputs, "").log_softmax(-1)
+        student = batch_logits(model, inputs).log_softmax(-1)
         with torch.no_grad(), model.disable_adapter():
-            teacher = _answers(model, inputs, "teacher_").log_softmax(-1)
+            teacher = batch_logits(model, inputs, "teacher_").log_softmax(-1)
         ratio = teacher - student
         loss = 0.5 * ((teacher.exp() - student.exp()) * ratio).sum()
         return loss / (len(student) if num_items_in_batch is None else num_items_in_batch)
-
-
-def _answers(model: Any, inputs: dict[str, Tensor], prefix: str) -> Tensor:  # noqa: ANN401
-    """Logits that predict the answers, shape (N, V)."""
-    ids, mask, labels = (inputs[prefix + n] for n in ("input_ids", "attention_mask", "labels"))
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    return logits[:, :-1][labels[:, 1:] != -100].float()
 
 
 def fused_step() -> Callable[[], Tensor]:

@@ -14,13 +14,12 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bidistill.integrations.collator import PairCollator
 from bidistill.integrations.lightning import DistillationModule
-from examples.tiny import eager_kl, make_pairs, tiny_llama
+from examples.tiny import batch_logits, eager_kl, make_pairs, tiny_llama
 
 
 class Losses(Callback):
@@ -71,15 +70,10 @@ def eager_step() -> Callable[[], Tensor]:
     student, teacher = tiny_llama(), tiny_llama()
     (batch,) = loader(8)
 
-    def rows(model: PreTrainedModel, prefix: str) -> Tensor:
-        names = ("input_ids", "attention_mask")
-        logits = model(**{name: batch[prefix + name] for name in names}, use_cache=False).logits
-        return logits[:, :-1][batch[prefix + "labels"][:, 1:] != -100].log_softmax(-1)
-
     def step() -> Tensor:
         with torch.no_grad():
-            t = rows(teacher, "teacher_")
-        s = rows(student, "")
+            t = batch_logits(teacher, batch, "teacher_").log_softmax(-1)
+        s = batch_logits(student, batch).log_softmax(-1)
         loss = (0.5 * (t.exp() - s.exp()) * (t - s)).sum(-1).mean()
         loss.backward()
         return loss.detach()

@@ -3,7 +3,8 @@
 Legend: B pairs, N answer tokens, V vocabulary.
 """
 
-from typing import TypedDict
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Float
@@ -11,6 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -84,6 +86,21 @@ def answer_logits(
     return logits[len(prompt_ids) - 1 : -1]
 
 
+def batch_logits(
+    model: Callable[..., Any], batch: Mapping[str, Tensor], prefix: str = ""
+) -> Float[Tensor, "N V"]:
+    """The same of a padded batch of pairs, all at once and in fp32.
+
+    Args:
+        model: that of the prefix.
+        batch: what `bidistill.integrations.collator.PairCollator` makes.
+        prefix: of its names: none for the student's side, ``teacher_`` for the other.
+    """
+    ids, mask, labels = (batch[prefix + n] for n in ("input_ids", "attention_mask", "labels"))
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return logits[:, :-1][labels[:, 1:] != -100].float()
+
+
 def eager_kl(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -105,6 +122,29 @@ def eager_kl(
         total = total + (forward * t.exp() * ratio - reverse * s.exp() * ratio).sum()
         count += len(pair["answer_ids"])
     return total / count
+
+
+def make_batch() -> dict[str, Tensor]:
+    """What TRL's trainers make of `make_pairs`.
+
+    Returns:
+        Ids and masks, shape (B, length): ``prompt_ids`` and ``prompt_mask``, padded on the left;
+        ``completion_ids`` and ``completion_mask``, padded on the right; ``teacher_input_ids`` and
+        ``teacher_attention_mask``, the teacher's prompts, padded on the left, before completions.
+    """
+    pairs, batch = make_pairs(), dict[str, Tensor]()
+    for name, field, side in (
+        ("prompt", "prompt_ids", "left"),
+        ("completion", "answer_ids", "right"),
+        ("teacher", "teacher_prompt_ids", "left"),
+    ):
+        ids = [torch.tensor(pair[field]) for pair in pairs]
+        batch[f"{name}_ids"] = pad_sequence(ids, True, 1, side)
+        batch[f"{name}_mask"] = pad_sequence([torch.ones_like(i) for i in ids], True, 0, side)
+    for short, long in (("ids", "input_ids"), ("mask", "attention_mask")):
+        parts = [batch.pop(f"teacher_{short}"), batch[f"completion_{short}"]]
+        batch[f"teacher_{long}"] = torch.cat(parts, 1)
+    return batch
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

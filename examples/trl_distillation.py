@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback
 from trl import DistillationConfig
 
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bidistill.integrations.trl import DistillationTrainer  # was: from trl
 from bidistill_kernels import bidirectional_kl_reference, jsd_reference
-from examples.tiny import as_words, make_pairs, tiny_llama, word_tokenizer
+from examples.tiny import as_words, make_batch, make_pairs, tiny_llama, word_tokenizer
 
 STEPS = 12
 
@@ -55,20 +54,6 @@ def make_trainer(folder: str, kind: type = DistillationTrainer, **options: Any) 
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def make_batch() -> dict[str, Tensor]:
-    """What the trainer makes of prompts: these padded on the left, completions on the right."""
-    pairs = make_pairs()
-    batch = {}
-    for name, field, side in (
-        ("prompt", "prompt_ids", "left"),
-        ("completion", "answer_ids", "right"),
-    ):
-        ids = [torch.tensor(pair[field]) for pair in pairs]
-        batch[f"{name}_ids"] = pad_sequence(ids, True, 1, side)
-        batch[f"{name}_mask"] = pad_sequence([torch.ones_like(i) for i in ids], True, 0, side)
-    return batch
 
 
 def eager_loss(trainer: Any, batch: dict[str, Tensor]) -> Float[Tensor, ""]:  # noqa: ANN401

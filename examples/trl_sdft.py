@@ -16,7 +16,6 @@ from datasets import Dataset
 from jaxtyping import Float
 from peft import LoraConfig
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback
 from trl.experimental.sdft import SDFTConfig
 
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bidistill.integrations.trl_sdft import SDFTTrainer  # was: from trl.experimental.sdft
 from bidistill_kernels import bidirectional_kl_reference, jsd_reference
-from examples.tiny import as_words, make_pairs, tiny_llama, word_tokenizer
+from examples.tiny import as_words, make_batch, make_pairs, tiny_llama, word_tokenizer
 
 STEPS = 12
 
@@ -71,23 +70,6 @@ def make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def make_batch() -> dict[str, Tensor]:
-    """What the trainer makes of prompts: these padded on the left, completions on the right."""
-    pairs, batch = make_pairs(), {}
-    for name, field, side in (
-        ("prompt", "prompt_ids", "left"),
-        ("completion", "answer_ids", "right"),
-        ("teacher", "teacher_prompt_ids", "left"),
-    ):
-        ids = [torch.tensor(pair[field]) for pair in pairs]
-        batch[f"{name}_ids"] = pad_sequence(ids, True, 1, side)
-        batch[f"{name}_mask"] = pad_sequence([torch.ones_like(i) for i in ids], True, 0, side)
-    for short, long in (("ids", "input_ids"), ("mask", "attention_mask")):
-        parts = [batch.pop(f"teacher_{short}"), batch[f"completion_{short}"]]
-        batch[f"teacher_{long}"] = torch.cat(parts, 1)
-    return batch
 
 
 def eager_loss(trainer: Any, batch: dict[str, Tensor]) -> Float[Tensor, ""]:  # noqa: ANN401
