@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bidistill.errors import UserError
 from bidistill.integrations.attached import DISPATCH, Attachment, Kind, distil
+from bidistill.integrations.forward_guard import OURS, refuse_lost_forward
 from bidistill.integrations.supported import check_loss, check_model, check_teacher
 from bidistill.losses import find
 from bidistill.models import (
@@ -109,11 +110,15 @@ def attach(
         teacher_takes_positions=_takes_positions(reads),
         before=vars(model).get("forward"),
         head=None if runs_losses(head) else head,
+        hooks=[
+            each.register_forward_pre_hook(refuse_lost_forward, with_kwargs=True)
+            for each in dict.fromkeys((model, base))  # the same but for a PeftModel
+        ],
     )
     if reads is not model and "own_rows" not in vars(reads):
         attach_distill_step(reads)
     attach_head(model)
-    for each in (model, base):  # the same but for a PeftModel
+    for each in (model, base):
         setattr(each, STATE, attachment)
     model.forward = types.MethodType(_forward_of(type(model)), model)
     return model
@@ -147,6 +152,8 @@ def detach(model: Model) -> Model:
         model.forward = attachment.before
     if attachment.head is not None:
         vars(attachment.head).pop("forward", None)
+    for hook in attachment.hooks:
+        hook.remove()
     for each in {model, unwrapped(model)}:
         delattr(each, STATE)
     return model
@@ -168,6 +175,7 @@ def _forward_of(kind: type[nn.Module]) -> Any:  # noqa: ANN401
             return attachment.before(*args, **kwargs)
         return type(self).forward(self, *args, **kwargs)
 
+    setattr(forward, OURS, True)
     return forward
 
 

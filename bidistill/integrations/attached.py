@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bidistill.data.padded import IGNORED, Padded, positions_of, shifted
 from bidistill.errors import UserError
@@ -42,6 +43,8 @@ class Attachment:
     """The forward that the instance had; None if that of its class."""
     head: nn.Module | None
     """The LM head whose forward was replaced; None if it could run losses already."""
+    hooks: list[RemovableHandle]
+    """Of the model, and of what is in it if it is a PeftModel."""
 
 
 def distil(

@@ -1,11 +1,14 @@
 """An attached model gives the loss and the gradients of full logits, and is otherwise untouched."""
 
 import copy
+import functools
 import hashlib
+import types
 from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from bidistill.errors import UserError
@@ -220,9 +223,51 @@ def test_a_copy_is_attached_by_itself():
     assert torch.equal(other(**batch()).loss, expected)
     detach(other)
     assert "forward" not in vars(other.lm_head)
+    assert not other._forward_pre_hooks
+    assert model._forward_pre_hooks
     with pytest.raises(UserError, match="no loss attached"):
         detach(other)
     assert model(**batch()).loss != expected
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
+def test_a_forward_that_somebody_replaces_is_noticed(adapted):
+    """It would swallow the teacher's part and return a cross-entropy."""
+    model = attach(with_lora() if adapted else tiny_llama())
+    ours = model.forward
+
+    @functools.wraps(ours)
+    def around(*args, **kwargs):
+        return ours(*args, **kwargs)
+
+    for forward in (ours, around):
+        model.forward = forward
+        assert model(**batch()).logits is None
+    model.forward = types.MethodType(type(model).forward, model)
+    with pytest.raises(UserError, match=r"model\.forward: got another one.*use_liger_kernel") as e:
+        model(**batch())
+    assert "\n" not in str(e.value)
+    assert model(input_ids=IDS).logits is not None, "an ordinary batch is nothing to refuse"
+    detach(model)
+    assert not model._forward_pre_hooks
+    assert not model._forward_pre_hooks_with_kwargs
+
+
+def test_unwrapping_autocast_is_noticed():
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    model = accelerator.prepare(attach(tiny_llama()))
+    assert model(**batch()).logits is None
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    with pytest.raises(UserError, match=r"got another one.*keep_fp32_wrapper=True"):
+        model(**batch())
+    assert attach(detach(model))(**batch()).logits is None
+
+
+def test_refuses_replicas_of_data_parallel():
+    """Their forward is bound to the model that they are copies of."""
+    replica = attach(tiny_llama())._replicate_for_data_parallel()
+    with pytest.raises(UserError, match=r"a replica of nn.DataParallel.*torchrun"):
+        replica(input_ids=IDS)
 
 
 def test_adapters_that_come_later_are_switched_off_too():
