@@ -41,6 +41,8 @@ from bidistill_kernels import LogitTransform
 Model = TypeVar("Model", bound=nn.Module)
 STATE = "bidistill_attachment"
 """The attribute of a model that says what is attached to it."""
+COUNTS = "accepts_loss_kwargs"
+"""The attribute by which a class of transformers has the Trainer keep ``num_items_in_batch``."""
 
 
 def attach(
@@ -109,6 +111,8 @@ def attach(
         takes_positions=_takes_positions(model),
         teacher_takes_positions=_takes_positions(reads),
         before=vars(model).get("forward"),
+        takes_count=getattr(base, COUNTS, True) is not False,
+        said_of_count=vars(base).get(COUNTS),
         head=None if runs_losses(head) else head,
         hooks=[
             each.register_forward_pre_hook(refuse_lost_forward, with_kwargs=True)
@@ -120,6 +124,8 @@ def attach(
     attach_head(model)
     for each in (model, base):
         setattr(each, STATE, attachment)
+    if not attachment.takes_count:
+        setattr(base, COUNTS, True)
     model.forward = types.MethodType(_forward_of(type(model)), model)
     return model
 
@@ -145,6 +151,7 @@ def detach(model: Model) -> Model:
             f"model: got a {type(model).__name__} with no loss attached, expected what attach() "
             "returned; detach(accelerator.unwrap_model(model)) where it is wrapped"
         )
+    base = unwrapped(model)
     # accelerate keeps what it wrapped, and would put it back
     for name in ("forward", "_original_forward"):
         vars(model).pop(name, None)
@@ -154,7 +161,11 @@ def detach(model: Model) -> Model:
         vars(attachment.head).pop("forward", None)
     for hook in attachment.hooks:
         hook.remove()
-    for each in {model, unwrapped(model)}:
+    if not attachment.takes_count:
+        delattr(base, COUNTS)
+        if attachment.said_of_count is not None:
+            setattr(base, COUNTS, attachment.said_of_count)
+    for each in {model, base}:
         delattr(each, STATE)
     return model
 
@@ -171,12 +182,28 @@ def _forward_of(kind: type[nn.Module]) -> Any:  # noqa: ANN401
         attachment: Attachment = getattr(self, STATE)
         if kwargs.get(DISPATCH) is not None:
             return CausalLMOutputWithPast(loss=distil(self, attachment, *args, **kwargs))
+        if not attachment.takes_count:
+            kwargs = _without_count(self, kwargs)
         if attachment.before is not None:
             return attachment.before(*args, **kwargs)
         return type(self).forward(self, *args, **kwargs)
 
     setattr(forward, OURS, True)
     return forward
+
+
+def _without_count(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a forward is given that knows of no ``num_items_in_batch``, as its class has said.
+
+    The Trainer takes a training loss for divided by it, so this one would be out of scale.
+    """
+    if model.training and kwargs.get("num_items_in_batch") is not None:
+        raise UserError(
+            f"num_items_in_batch: got it in training, with a batch that lacks {DISPATCH}, for a "
+            f"{type(unwrapped(model)).__name__} whose own loss cannot be divided by it, expected "
+            "batches of PairCollator; train on others after detach(model), in a new Trainer"
+        )
+    return {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
 
 
 def _transforms(

@@ -41,6 +41,10 @@ class Attachment:
     """The same of the teacher's."""
     before: Any
     """The forward that the instance had; None if that of its class."""
+    takes_count: bool
+    """Whether its class lets its own forward be told ``num_items_in_batch``."""
+    said_of_count: bool | None
+    """What the instance had said of that; None if nothing."""
     head: nn.Module | None
     """The LM head whose forward was replaced; None if it could run losses already."""
     hooks: list[RemovableHandle]
