@@ -23,9 +23,10 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bidistill.errors import UserError
+from bidistill.integrations.adapters import check_regularisers
 from bidistill.integrations.attached import DISPATCH, Attachment, Kind, distil
 from bidistill.integrations.forward_guard import OURS, refuse_lost_forward
-from bidistill.integrations.supported import check_loss, check_model, check_teacher
+from bidistill.integrations.supported import check_loss, check_model, check_padding, check_teacher
 from bidistill.losses import find
 from bidistill.models import (
     attach_distill_step,
@@ -96,6 +97,7 @@ def attach(
             "detach(model) first"
         )
     check_model(model, "model")
+    check_regularisers(model)
     check_loss(loss, options or {})
     kind = check_teacher(teacher, model)
     head: nn.Module = base.get_output_embeddings()  # type: ignore
@@ -217,10 +219,11 @@ def _transforms(
     for name, each in (("model", model), ("teacher", teacher)):
         with without_dropout(each):
             found.append(read_logit_transform(each, name))
-    sizes = [each.get_output_embeddings().weight.shape[0] for each in (model, teacher)]  # type: ignore
+    rows = [each.get_output_embeddings().weight.shape[0] for each in (model, teacher)]  # type: ignore
+    sizes = [min(t.vocab_limit or size, size) for t, size in zip(found, rows, strict=True)]
     if sizes[0] != sizes[1]:
-        limits = [transform.vocab_limit or min(sizes) for transform in found]
-        found = [replace(transform, vocab_limit=min(limits)) for transform in found]
+        check_padding(*sizes)
+        found = [replace(transform, vocab_limit=min(sizes)) for transform in found]
     try:
         own, theirs = (replace(transform, temperature=temperature) for transform in found)
     except (TypeError, ValueError) as error:

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bidistill.data.padded import IGNORED, Padded, positions_of, shifted
 from bidistill.errors import UserError
-from bidistill.integrations.supported import has_adapters
+from bidistill.integrations.adapters import has_adapters
 from bidistill.loss_calls import Rows, Side, run
 from bidistill.losses import Loss
 from bidistill.models import compute_device, distill_step, own_rows, runs_losses

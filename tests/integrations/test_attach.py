@@ -9,7 +9,14 @@ from contextlib import nullcontext
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    AdaptionPromptConfig,
+    LoraConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from bidistill.errors import UserError
 from bidistill.integrations.attach import attach, detach
@@ -118,6 +125,21 @@ def test_a_teacher_with_a_padded_head():
     with Wide():
         eager = backward(student, objective(student, other, common))
         assert_all_close(backward(student, student(**batch()).loss), eager, eager)
+
+
+@pytest.mark.parametrize("rows", [4096 + 1024, 3072, 64])
+def test_refuses_another_vocabulary(rows):
+    other = tiny_llama()
+    other.resize_token_embeddings(rows, mean_resizing=False)
+    with pytest.raises(UserError, match=rf"teacher: got an LM head of {rows} rows .* of 4096"):
+        attach(tiny_llama(), teacher=other)
+
+
+def test_a_share_of_a_small_vocabulary_is_no_padding():
+    other = tiny_llama()
+    other.resize_token_embeddings(4096 + 512, mean_resizing=False)
+    with pytest.raises(UserError, match="at most 5%"):
+        attach(tiny_llama(), teacher=other)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -345,6 +367,50 @@ def test_refuses_adapters(settings, message):
     model = get_peft_model(tiny_llama(tied=False), settings)
     with pytest.raises(UserError, match=message):
         attach(model)
+
+
+@pytest.mark.parametrize("teacher", ["auto", "base"])
+def test_refuses_a_base_that_is_trained(teacher):
+    """It would move, and the teacher with it."""
+    biased = get_peft_model(
+        GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)),
+        LoraConfig(target_modules=["c_attn"], bias="all", fan_in_fan_out=True),
+    )
+    with pytest.raises(UserError, match=rf"got {teacher!r} .*\(bias='all'\).*bias='none'"):
+        attach(biased, teacher=teacher)
+    model = with_lora(modules_to_save=["lm_head"])
+    norm = model.base_model.model.model.norm.weight
+    norm.requires_grad_(True)
+    with pytest.raises(UserError, match=r"trains 1 parameters.*such as .*norm.weight.*'live'"):
+        attach(model, teacher=teacher)
+    norm.requires_grad_(False)
+    attach(model, teacher=teacher)
+
+
+@pytest.mark.parametrize("teacher", ["auto", "base"])
+def test_refuses_a_base_below_adapters_that_are_no_layers(teacher):
+    settings = AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(), settings)
+    with pytest.raises(UserError, match=r"of ADAPTION_PROMPT, which are no layers.*'live'"):
+        attach(model, teacher=teacher)
+
+
+def test_refuses_a_regulariser_outside_of_the_model():
+    def adapted(weight):
+        settings = AdaLoraConfig(
+            target_modules=["q_proj"],
+            total_step=9,
+            tinit=1,
+            tfinal=1,
+            orth_reg_weight=weight,
+            task_type="CAUSAL_LM",
+        )
+        return get_peft_model(tiny_llama(), settings)
+
+    with pytest.raises(UserError, match=r"an ADALORA adapter with orth_reg_weight=0.5.*=0.0"):
+        attach(adapted(0.5))
+    attach(adapted(0.0))
+    attach(tiny_llama(), teacher=adapted(0.5))  # of one that is not trained, nothing is left out
 
 
 def test_refuses_merged_adapters():
