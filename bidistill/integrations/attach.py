@@ -104,6 +104,7 @@ def attach(
     reads = kind if isinstance(kind, nn.Module) else model
     transform, teacher_transform = _transforms(model, reads, temperature)
     attachment = Attachment(
+        model=model,
         loss=find(loss),
         options=dict(options or {}),
         transform=transform,
@@ -139,7 +140,8 @@ def detach(model: Model) -> Model:
     autocast. A teacher that is another model keeps its ``own_rows``, for other students.
 
     Args:
-        model: what `attach` returned, out of what it has been wrapped in since.
+        model: what `attach` returned, out of what it has been wrapped in since; or the model within
+            that, such as ``merge_and_unload`` returns.
 
     Returns:
         The same object.
@@ -148,17 +150,18 @@ def detach(model: Model) -> Model:
         UserError: nothing is attached.
     """
     attachment: Attachment | None = vars(model).get(STATE)
-    if attachment is None or "forward" not in vars(model):
+    if attachment is None:
         raise UserError(
             f"model: got a {type(model).__name__} with no loss attached, expected what attach() "
             "returned; detach(accelerator.unwrap_model(model)) where it is wrapped"
         )
-    base = unwrapped(model)
+    given = attachment.model
+    base = unwrapped(given)
     # accelerate keeps what it wrapped, and would put it back
     for name in ("forward", "_original_forward"):
-        vars(model).pop(name, None)
+        vars(given).pop(name, None)
     if attachment.before is not None:
-        model.forward = attachment.before
+        given.forward = attachment.before
     if attachment.head is not None:
         vars(attachment.head).pop("forward", None)
     for hook in attachment.hooks:
@@ -167,7 +170,7 @@ def detach(model: Model) -> Model:
         delattr(base, COUNTS)
         if attachment.said_of_count is not None:
             setattr(base, COUNTS, attachment.said_of_count)
-    for each in {model, base}:
+    for each in {given, base}:
         delattr(each, STATE)
     return model
 

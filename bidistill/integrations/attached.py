@@ -29,6 +29,8 @@ DISPATCH = "teacher_input_ids"
 class Attachment:
     """What a model's forward needs to know, and what was there before."""
 
+    model: nn.Module
+    """What `attach` was given."""
     loss: Loss
     options: dict[str, Any]
     transform: LogitTransform
@@ -69,7 +71,7 @@ def distil(
         attachment: what it made of it.
         input_ids: what the student reads, shape (B, T).
         attention_mask: 0 at padding, shape (B, T).
-        num_items_in_batch: divisor; None: the number of answer tokens.
+        num_items_in_batch: divisor, at least 1; None: the number of answer tokens.
         return_dict: set by some trainers, in vain.
         use_cache: the same.
         **kwargs: labels, the teacher's part, and what else the backbones take.
@@ -104,8 +106,10 @@ def distil(
         _teacher_rows(model, attachment.teacher, teacher),
     )
     if num_items_in_batch is None:
-        num_items_in_batch = (student.target != IGNORED).sum().clamp(min=1)
-    return total / num_items_in_batch
+        num_items_in_batch = (student.target != IGNORED).sum()
+    if isinstance(num_items_in_batch, Tensor):
+        return total / num_items_in_batch.clamp(min=1)
+    return total / max(num_items_in_batch, 1)
 
 
 def _padded(inputs: dict[str, Any], prefix: str, width: int, takes_positions: bool) -> Padded:

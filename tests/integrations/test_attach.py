@@ -19,7 +19,7 @@ from peft import (
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bidistill.errors import UserError
-from bidistill.integrations.attach import attach, detach
+from bidistill.integrations.attach import STATE, attach, detach
 from bidistill.models import own_rows
 from bidistill_kernels import (
     bidirectional_kl_reference,
@@ -108,9 +108,10 @@ def test_divides_by_the_items_that_it_is_told():
     torch.testing.assert_close(student(**inputs).loss, mean, rtol=0, atol=0)
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
     inputs["teacher_labels"] = torch.full_like(inputs["teacher_labels"], -100)
-    nothing = student(**inputs).loss
-    nothing.backward()
-    assert nothing.item() == 0, "a batch without answers is worth nothing, and no NaN"
+    for items in (None, 0, torch.tensor(0)):
+        nothing = student(**inputs, num_items_in_batch=items).loss
+        nothing.backward()
+        assert nothing.item() == 0, "a batch without answers is worth nothing, and no NaN"
 
 
 def test_a_teacher_with_a_padded_head():
@@ -292,6 +293,22 @@ def test_refuses_replicas_of_data_parallel():
         replica(input_ids=IDS)
 
 
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "within"])
+def test_the_model_within_is_detached_as_well(merged):
+    model = attach(with_lora())
+    base = model.merge_and_unload() if merged else model.get_base_model()
+    with pytest.raises(UserError, match="attached to it already"):
+        attach(base)
+    with pytest.raises(UserError, match=r"model\.forward: got another one"):
+        base(**batch())
+    assert detach(base) is base
+    for each in (model, base):
+        assert vars(each).keys().isdisjoint({"forward", STATE})
+        with pytest.raises(UserError, match="no loss attached"):
+            detach(each)
+    assert attach(base)(**batch()).logits is None
+
+
 def test_adapters_that_come_later_are_switched_off_too():
     model = attach(tiny_llama().double())
     student = with_lora(model).double()
@@ -313,8 +330,6 @@ def test_refuses_a_second_loss_and_other_modules():
     for twice in (model, model.get_base_model()):
         with pytest.raises(UserError, match=r"attached to it already.*call detach"):
             attach(twice)
-    with pytest.raises(UserError, match="no loss attached"):
-        detach(model.get_base_model())
     with pytest.raises(UserError, match=r"got a Linear, expected a causal language model"):
         attach(torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match=r"got a OptimizedModule.*before it is compiled"):
