@@ -22,10 +22,12 @@ from bidistill.errors import UserError
 from bidistill.integrations.attach import STATE, attach, detach
 from bidistill.models import own_rows
 from bidistill_kernels import (
+    TopK,
     bidirectional_kl_reference,
     bild_reference,
     jsd_reference,
     push_pull_reference,
+    topk_kl_reference,
 )
 from examples.tiny import make_pairs, tiny_llama
 from tests.integrations.eager import (
@@ -68,6 +70,15 @@ def test_equals_full_logits(dtype, teacher, side):
     assert_all_close(ours, exact, eager)
 
 
+def topk_reference(student, teacher, target, k):
+    best = teacher.log_softmax(-1).topk(k)
+    return topk_kl_reference(student, TopK(best.indices, best.values), target)
+
+
+def duet_reference(student, teacher, target, k):
+    return push_pull_reference(student, teacher, target, k_pull=k, push_weight=0.0)
+
+
 @pytest.mark.parametrize(
     ("loss", "reference", "options"),
     [
@@ -75,6 +86,8 @@ def test_equals_full_logits(dtype, teacher, side):
         ("jsd", jsd_reference, {"beta": 0.3}),
         ("bild", bild_reference, {"k": 5}),
         ("push_pull", push_pull_reference, {"k_pull": 4, "margin": 0.1}),
+        ("topk_kl", topk_reference, {"k": 6}),
+        ("duet", duet_reference, {"k": 3}),
     ],
 )
 def test_other_losses_and_their_options(loss, reference, options):
