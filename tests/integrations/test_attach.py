@@ -20,12 +20,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from bidistill.errors import UserError
 from bidistill.integrations.attach import STATE, attach, detach
+from bidistill.losses import Loss
 from bidistill.models import own_rows
 from bidistill_kernels import (
     TopK,
     bidirectional_kl_reference,
     bild_reference,
     jsd_reference,
+    linear_bidirectional_kl,
     push_pull_reference,
     topk_kl_reference,
 )
@@ -96,6 +98,24 @@ def test_other_losses_and_their_options(loss, reference, options):
     with Wide():
         ours = backward(student, student(**batch()).loss)
         eager = backward(student, objective(student, other, reference, **options))
+    assert_all_close(ours, eager, eager)
+
+
+def test_chunk_bytes_reach_the_kernels(monkeypatch):
+    chunk_bytes = 3 * 8 * 4096  # three rows of logits
+    given = []
+
+    def spy(*args, **keywords):
+        given.append(keywords["chunk_bytes"])
+        return linear_bidirectional_kl(*args, **keywords)
+
+    monkeypatch.setattr("bidistill.integrations.attach.find", lambda name: Loss(spy))
+    student, other = tiny_llama().double(), nearby().double()
+    attach(student, teacher=other, chunk_bytes=chunk_bytes)
+    with Wide():
+        ours = backward(student, student(**batch()).loss)
+        eager = backward(student, objective(student, other, bidirectional_kl_reference))
+    assert given == [chunk_bytes]
     assert_all_close(ours, eager, eager)
 
 
