@@ -3,6 +3,7 @@
 Legend: B pairs, T tokens of the longest, S tokens of the longest that the teacher reads.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,6 +52,19 @@ class Attachment:
     """The LM head whose forward was replaced; None if it could run losses already."""
     hooks: list[RemovableHandle]
     """Of the model, and of what is in it if it is a PeftModel."""
+
+    def __reduce__(self) -> str:
+        """Refuse a pickle, such as that of ``torch.save(model)``: its forwards would be lost."""
+        raise UserError(
+            f"model: got a {type(self.model).__name__} with a loss attached to be pickled, whose "
+            "forwards cannot be, expected one without; use save_pretrained, or detach(model) first"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
+        """Copy along with the model, which can be."""
+        memo[id(self)] = copied = object.__new__(Attachment)
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
 
 def distil(

@@ -3,6 +3,7 @@
 import copy
 import functools
 import hashlib
+import io
 import types
 from contextlib import nullcontext
 
@@ -269,6 +270,15 @@ def test_detach_gives_back_a_forward_of_the_instance():
     model(**batch())
     assert len(calls) == 1
     assert detach(model).forward is forward
+
+
+def test_refuses_to_be_pickled():
+    """It could be, but never be loaded."""
+    model = attach(with_lora())
+    for each in (model, model.get_base_model()):
+        with pytest.raises(UserError, match=r"got a PeftModel.* to be pickled.*save_pretrained"):
+            torch.save(each, io.BytesIO())
+    torch.save(detach(model), io.BytesIO())
 
 
 def test_a_copy_is_attached_by_itself():
