@@ -108,6 +108,20 @@ def test_a_class_that_would_not_be_told_the_count(tmp_path, monkeypatch):
     assert vars(detach(model))["accepts_loss_kwargs"] is False
 
 
+def test_refuses_ligers_forward(tmp_path):
+    """The Trainer has Liger replace the forward as training begins."""
+    pytest.importorskip("liger_kernel", reason="needs Liger")
+    trainer = hf_trainer.make_trainer(
+        str(tmp_path),
+        attach(tiny_llama()),
+        use_cpu=True,
+        use_liger_kernel=True,
+        liger_kernel_config={"rope": False, "rms_norm": False, "swiglu": False},
+    )
+    with pytest.raises(UserError, match=r"model\.forward: got another one.*use_liger_kernel=False"):
+        trainer.train()
+
+
 def test_two_ranks_are_one(tmp_path, two):
     _, expected = trained(tmp_path, 8, 1)
     for _, found in two.run(trained, tmp_path, 4, 1):
