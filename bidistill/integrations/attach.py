@@ -23,8 +23,10 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bidistill.errors import UserError
+from bidistill.integrations.adapters import check_regularisers
 from bidistill.integrations.attached import DISPATCH, Attachment, Kind, distil
-from bidistill.integrations.supported import check_loss, check_model, check_teacher
+from bidistill.integrations.forward_guard import OURS, refuse_lost_forward
+from bidistill.integrations.supported import check_loss, check_model, check_padding, check_teacher
 from bidistill.losses import find
 from bidistill.models import (
     attach_distill_step,
@@ -40,6 +42,8 @@ from bidistill_kernels import LogitTransform
 Model = TypeVar("Model", bound=nn.Module)
 STATE = "bidistill_attachment"
 """The attribute of a model that says what is attached to it."""
+COUNTS = "accepts_loss_kwargs"
+"""The attribute by which a class of transformers has the Trainer keep ``num_items_in_batch``."""
 
 
 def attach(
@@ -93,12 +97,14 @@ def attach(
             "detach(model) first"
         )
     check_model(model, "model")
+    check_regularisers(model)
     check_loss(loss, options or {})
     kind = check_teacher(teacher, model)
     head: nn.Module = base.get_output_embeddings()  # type: ignore
     reads = kind if isinstance(kind, nn.Module) else model
     transform, teacher_transform = _transforms(model, reads, temperature)
     attachment = Attachment(
+        model=model,
         loss=find(loss),
         options=dict(options or {}),
         transform=transform,
@@ -108,13 +114,21 @@ def attach(
         takes_positions=_takes_positions(model),
         teacher_takes_positions=_takes_positions(reads),
         before=vars(model).get("forward"),
+        takes_count=getattr(base, COUNTS, True) is not False,
+        said_of_count=vars(base).get(COUNTS),
         head=None if runs_losses(head) else head,
+        hooks=[
+            each.register_forward_pre_hook(refuse_lost_forward, with_kwargs=True)
+            for each in dict.fromkeys((model, base))  # the same but for a PeftModel
+        ],
     )
     if reads is not model and "own_rows" not in vars(reads):
         attach_distill_step(reads)
     attach_head(model)
-    for each in (model, base):  # the same but for a PeftModel
+    for each in (model, base):
         setattr(each, STATE, attachment)
+    if not attachment.takes_count:
+        setattr(base, COUNTS, True)
     model.forward = types.MethodType(_forward_of(type(model)), model)
     return model
 
@@ -126,7 +140,8 @@ def detach(model: Model) -> Model:
     autocast. A teacher that is another model keeps its ``own_rows``, for other students.
 
     Args:
-        model: what `attach` returned, out of what it has been wrapped in since.
+        model: what `attach` returned, out of what it has been wrapped in since; or the model within
+            that, such as ``merge_and_unload`` returns.
 
     Returns:
         The same object.
@@ -135,19 +150,27 @@ def detach(model: Model) -> Model:
         UserError: nothing is attached.
     """
     attachment: Attachment | None = vars(model).get(STATE)
-    if attachment is None or "forward" not in vars(model):
+    if attachment is None:
         raise UserError(
             f"model: got a {type(model).__name__} with no loss attached, expected what attach() "
             "returned; detach(accelerator.unwrap_model(model)) where it is wrapped"
         )
+    given = attachment.model
+    base = unwrapped(given)
     # accelerate keeps what it wrapped, and would put it back
     for name in ("forward", "_original_forward"):
-        vars(model).pop(name, None)
+        vars(given).pop(name, None)
     if attachment.before is not None:
-        model.forward = attachment.before
+        given.forward = attachment.before
     if attachment.head is not None:
         vars(attachment.head).pop("forward", None)
-    for each in {model, unwrapped(model)}:
+    for hook in attachment.hooks:
+        hook.remove()
+    if not attachment.takes_count:
+        delattr(base, COUNTS)
+        if attachment.said_of_count is not None:
+            setattr(base, COUNTS, attachment.said_of_count)
+    for each in {given, base}:
         delattr(each, STATE)
     return model
 
@@ -164,11 +187,28 @@ def _forward_of(kind: type[nn.Module]) -> Any:  # noqa: ANN401
         attachment: Attachment = getattr(self, STATE)
         if kwargs.get(DISPATCH) is not None:
             return CausalLMOutputWithPast(loss=distil(self, attachment, *args, **kwargs))
+        if not attachment.takes_count:
+            kwargs = _without_count(self, kwargs)
         if attachment.before is not None:
             return attachment.before(*args, **kwargs)
         return type(self).forward(self, *args, **kwargs)
 
+    setattr(forward, OURS, True)
     return forward
+
+
+def _without_count(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a forward is given that knows of no ``num_items_in_batch``, as its class has said.
+
+    The Trainer takes a training loss for divided by it, so this one would be out of scale.
+    """
+    if model.training and kwargs.get("num_items_in_batch") is not None:
+        raise UserError(
+            f"num_items_in_batch: got it in training, with a batch that lacks {DISPATCH}, for a "
+            f"{type(unwrapped(model)).__name__} whose own loss cannot be divided by it, expected "
+            "batches of PairCollator; train on others after detach(model), in a new Trainer"
+        )
+    return {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
 
 
 def _transforms(
@@ -182,10 +222,11 @@ def _transforms(
     for name, each in (("model", model), ("teacher", teacher)):
         with without_dropout(each):
             found.append(read_logit_transform(each, name))
-    sizes = [each.get_output_embeddings().weight.shape[0] for each in (model, teacher)]  # type: ignore
+    rows = [each.get_output_embeddings().weight.shape[0] for each in (model, teacher)]  # type: ignore
+    sizes = [min(t.vocab_limit or size, size) for t, size in zip(found, rows, strict=True)]
     if sizes[0] != sizes[1]:
-        limits = [transform.vocab_limit or min(sizes) for transform in found]
-        found = [replace(transform, vocab_limit=min(limits)) for transform in found]
+        check_padding(*sizes)
+        found = [replace(transform, vocab_limit=min(sizes)) for transform in found]
     try:
         own, theirs = (replace(transform, temperature=temperature) for transform in found)
     except (TypeError, ValueError) as error:

@@ -3,15 +3,17 @@
 Legend: B pairs, T tokens of the longest, S tokens of the longest that the teacher reads.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bidistill.data.padded import IGNORED, Padded, positions_of, shifted
 from bidistill.errors import UserError
-from bidistill.integrations.supported import has_adapters
+from bidistill.integrations.adapters import has_adapters
 from bidistill.loss_calls import Rows, Side, run
 from bidistill.losses import Loss
 from bidistill.models import compute_device, distill_step, own_rows, runs_losses
@@ -28,6 +30,8 @@ DISPATCH = "teacher_input_ids"
 class Attachment:
     """What a model's forward needs to know, and what was there before."""
 
+    model: nn.Module
+    """What `attach` was given."""
     loss: Loss
     options: dict[str, Any]
     transform: LogitTransform
@@ -40,8 +44,27 @@ class Attachment:
     """The same of the teacher's."""
     before: Any
     """The forward that the instance had; None if that of its class."""
+    takes_count: bool
+    """Whether its class lets its own forward be told ``num_items_in_batch``."""
+    said_of_count: bool | None
+    """What the instance had said of that; None if nothing."""
     head: nn.Module | None
     """The LM head whose forward was replaced; None if it could run losses already."""
+    hooks: list[RemovableHandle]
+    """Of the model, and of what is in it if it is a PeftModel."""
+
+    def __reduce__(self) -> str:
+        """Refuse a pickle, such as that of ``torch.save(model)``: its forwards would be lost."""
+        raise UserError(
+            f"model: got a {type(self.model).__name__} with a loss attached to be pickled, whose "
+            "forwards cannot be, expected one without; use save_pretrained, or detach(model) first"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Attachment":
+        """Copy along with the model, which can be."""
+        memo[id(self)] = copied = object.__new__(Attachment)
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
 
 
 def distil(
@@ -62,7 +85,7 @@ def distil(
         attachment: what it made of it.
         input_ids: what the student reads, shape (B, T).
         attention_mask: 0 at padding, shape (B, T).
-        num_items_in_batch: divisor; None: the number of answer tokens.
+        num_items_in_batch: divisor, at least 1; None: the number of answer tokens.
         return_dict: set by some trainers, in vain.
         use_cache: the same.
         **kwargs: labels, the teacher's part, and what else the backbones take.
@@ -97,8 +120,10 @@ def distil(
         _teacher_rows(model, attachment.teacher, teacher),
     )
     if num_items_in_batch is None:
-        num_items_in_batch = (student.target != IGNORED).sum().clamp(min=1)
-    return total / num_items_in_batch
+        num_items_in_batch = (student.target != IGNORED).sum()
+    if isinstance(num_items_in_batch, Tensor):
+        return total / num_items_in_batch.clamp(min=1)
+    return total / max(num_items_in_batch, 1)
 
 
 def _padded(inputs: dict[str, Any], prefix: str, width: int, takes_positions: bool) -> Padded:

@@ -45,11 +45,12 @@ class PairCollator:
         side: Literal["left", "right"] = "right",
     ) -> None:
         """Find the padding token."""
-        token = padding if isinstance(padding, int) else padding.pad_token_id
+        token = padding if isinstance(padding, int) else getattr(padding, "pad_token_id", None)
         if not isinstance(token, int):
             raise UserError(
-                f"padding: got a tokenizer whose padding token is {token}, expected one that has "
-                "it; set tokenizer.pad_token = tokenizer.eos_token, or pass an id"
+                f"padding: got a {type(padding).__name__} whose padding token is {token}, expected "
+                "a tokenizer that has one; set tokenizer.pad_token = tokenizer.eos_token, or pass "
+                "an id"
             )
         if side not in ("left", "right"):
             raise UserError(f"side: got {side!r}, expected 'left' or 'right'; choose one")

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from bidistill.errors import UserError
+from bidistill.integrations.adapters import check_adapters, check_base
 from bidistill.loss_names import checked
 from bidistill.losses import LOSSES, find
 from bidistill.models import runs_losses, unwrapped
@@ -18,15 +18,14 @@ from bidistill.objectives import check_loss_options
 KINDS = ("auto", "base", "live")
 """Teachers that need no other model."""
 
+LARGEST_PADDING, LARGEST_SHARE = 1024, 0.05
+"""Rows that one LM head may have beyond another, and their share of the larger. Padding fills up a
+multiple of 1024 at most: 128 rows for each of 8 tensor-parallel ranks."""
+
 REFUSED = {
     "chameleon": "masks the logits of its image tokens",
 }
 """Model types whose logits are another function of their head, and what they do."""
-
-
-def has_adapters(model: nn.Module) -> bool:
-    """Whether there are layers of adapters in ``model``, whoever added them."""
-    return any(isinstance(m, BaseTunerLayer | ModulesToSaveWrapper) for m in model.modules())
 
 
 def check_model(model: nn.Module, name: str) -> None:
@@ -59,7 +58,7 @@ def check_model(model: nn.Module, name: str) -> None:
             f"{name}: got a {type(base).__name__} with output_router_logits, whose auxiliary loss "
             "would be left out, expected one without; set model.config.output_router_logits = False"
         )
-    _check_adapters(model, name)
+    check_adapters(model, name)
     _check_head(base.get_output_embeddings(), name)  # type: ignore
 
 
@@ -68,27 +67,6 @@ def _unfit(name: str, base: PreTrainedModel, why: str) -> UserError:
         f"{name}: got a {type(base).__name__}, which {why}, expected a causal language model whose "
         "logits are those of its LM head; train it with its own loss"
     )
-
-
-def _check_adapters(model: nn.Module, name: str) -> None:
-    """Refuse adapters that are not layers of the model, or cannot be switched off."""
-    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
-    for config in configs.values():
-        if config.is_prompt_learning:
-            raise UserError(
-                f"{name}: got an adapter of {config.peft_type.value}, whose virtual tokens are "
-                "added outside of the model, expected one of layers; use LoRA"
-            )
-        if getattr(config, "alora_invocation_tokens", None):
-            raise UserError(
-                f"{name}: got an activated LoRA, which changes with the prompt, expected an "
-                "ordinary one; leave alora_invocation_tokens out"
-            )
-    if any(isinstance(m, BaseTunerLayer) and m.merged for m in model.modules()):
-        raise UserError(
-            f"{name}: got adapters that are merged into the weights, expected them beside; call "
-            "unmerge_adapter() first"
-        )
 
 
 def _check_head(head: nn.Module, name: str) -> None:
@@ -136,6 +114,25 @@ def check_loss(name: str, options: Mapping[str, Any]) -> None:
     check_loss_options("options", name, options)
 
 
+def check_padding(own: int, teachers: int) -> None:
+    """Refuse two vocabularies that are no two paddings of one.
+
+    Args:
+        own: rows of the student's LM head.
+        teachers: rows of the teacher's.
+
+    Raises:
+        UserError: they are too far apart.
+    """
+    beyond = abs(own - teachers)
+    if beyond >= LARGEST_PADDING or beyond > LARGEST_SHARE * max(own, teachers):
+        raise UserError(
+            f"teacher: got an LM head of {teachers} rows for a student's of {own}, expected the "
+            f"same tokenizer, whose heads differ by padding alone (less than {LARGEST_PADDING} "
+            f"rows, at most {LARGEST_SHARE:.0%}); pass a teacher of the student's tokenizer"
+        )
+
+
 def check_teacher(teacher: object, model: nn.Module) -> Any:  # noqa: ANN401
     """Refuse a teacher that cannot be had.
 
@@ -161,9 +158,6 @@ def check_teacher(teacher: object, model: nn.Module) -> Any:  # noqa: ANN401
         raise UserError(
             f"teacher: got {teacher!r}, expected one of {', '.join(map(repr, KINDS))} or a model"
         )
-    if teacher == "base" and not has_adapters(model):
-        raise UserError(
-            "teacher: got 'base' for a model without adapters, expected some to switch off; call "
-            "get_peft_model first, or pass another model"
-        )
+    if teacher != "live":
+        check_base(model, teacher)
     return teacher

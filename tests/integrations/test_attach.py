@@ -1,21 +1,36 @@
 """An attached model gives the loss and the gradients of full logits, and is otherwise untouched."""
 
 import copy
+import functools
 import hashlib
+import io
+import types
 from contextlib import nullcontext
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from accelerate import Accelerator
+from peft import (
+    AdaLoraConfig,
+    AdaptionPromptConfig,
+    LoraConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from bidistill.errors import UserError
-from bidistill.integrations.attach import attach, detach
+from bidistill.integrations.attach import STATE, attach, detach
+from bidistill.losses import Loss
 from bidistill.models import own_rows
 from bidistill_kernels import (
+    TopK,
     bidirectional_kl_reference,
     bild_reference,
     jsd_reference,
+    linear_bidirectional_kl,
     push_pull_reference,
+    topk_kl_reference,
 )
 from examples.tiny import make_pairs, tiny_llama
 from tests.integrations.eager import (
@@ -58,6 +73,15 @@ def test_equals_full_logits(dtype, teacher, side):
     assert_all_close(ours, exact, eager)
 
 
+def topk_reference(student, teacher, target, k):
+    best = teacher.log_softmax(-1).topk(k)
+    return topk_kl_reference(student, TopK(best.indices, best.values), target)
+
+
+def duet_reference(student, teacher, target, k):
+    return push_pull_reference(student, teacher, target, k_pull=k, push_weight=0.0)
+
+
 @pytest.mark.parametrize(
     ("loss", "reference", "options"),
     [
@@ -65,6 +89,8 @@ def test_equals_full_logits(dtype, teacher, side):
         ("jsd", jsd_reference, {"beta": 0.3}),
         ("bild", bild_reference, {"k": 5}),
         ("push_pull", push_pull_reference, {"k_pull": 4, "margin": 0.1}),
+        ("topk_kl", topk_reference, {"k": 6}),
+        ("duet", duet_reference, {"k": 3}),
     ],
 )
 def test_other_losses_and_their_options(loss, reference, options):
@@ -73,6 +99,24 @@ def test_other_losses_and_their_options(loss, reference, options):
     with Wide():
         ours = backward(student, student(**batch()).loss)
         eager = backward(student, objective(student, other, reference, **options))
+    assert_all_close(ours, eager, eager)
+
+
+def test_chunk_bytes_reach_the_kernels(monkeypatch):
+    chunk_bytes = 3 * 8 * 4096  # three rows of logits
+    given = []
+
+    def spy(*args, **keywords):
+        given.append(keywords["chunk_bytes"])
+        return linear_bidirectional_kl(*args, **keywords)
+
+    monkeypatch.setattr("bidistill.integrations.attach.find", lambda name: Loss(spy))
+    student, other = tiny_llama().double(), nearby().double()
+    attach(student, teacher=other, chunk_bytes=chunk_bytes)
+    with Wide():
+        ours = backward(student, student(**batch()).loss)
+        eager = backward(student, objective(student, other, bidirectional_kl_reference))
+    assert given == [chunk_bytes]
     assert_all_close(ours, eager, eager)
 
 
@@ -98,9 +142,10 @@ def test_divides_by_the_items_that_it_is_told():
     torch.testing.assert_close(student(**inputs).loss, mean, rtol=0, atol=0)
     inputs["labels"] = torch.full_like(inputs["labels"], -100)
     inputs["teacher_labels"] = torch.full_like(inputs["teacher_labels"], -100)
-    nothing = student(**inputs).loss
-    nothing.backward()
-    assert nothing.item() == 0, "a batch without answers is worth nothing, and no NaN"
+    for items in (None, 0, torch.tensor(0)):
+        nothing = student(**inputs, num_items_in_batch=items).loss
+        nothing.backward()
+        assert nothing.item() == 0, "a batch without answers is worth nothing, and no NaN"
 
 
 def test_a_teacher_with_a_padded_head():
@@ -115,6 +160,21 @@ def test_a_teacher_with_a_padded_head():
     with Wide():
         eager = backward(student, objective(student, other, common))
         assert_all_close(backward(student, student(**batch()).loss), eager, eager)
+
+
+@pytest.mark.parametrize("rows", [4096 + 1024, 3072, 64])
+def test_refuses_another_vocabulary(rows):
+    other = tiny_llama()
+    other.resize_token_embeddings(rows, mean_resizing=False)
+    with pytest.raises(UserError, match=rf"teacher: got an LM head of {rows} rows .* of 4096"):
+        attach(tiny_llama(), teacher=other)
+
+
+def test_a_share_of_a_small_vocabulary_is_no_padding():
+    other = tiny_llama()
+    other.resize_token_embeddings(4096 + 512, mean_resizing=False)
+    with pytest.raises(UserError, match="at most 5%"):
+        attach(tiny_llama(), teacher=other)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -212,6 +272,15 @@ def test_detach_gives_back_a_forward_of_the_instance():
     assert detach(model).forward is forward
 
 
+def test_refuses_to_be_pickled():
+    """It could be, but never be loaded."""
+    model = attach(with_lora())
+    for each in (model, model.get_base_model()):
+        with pytest.raises(UserError, match=r"got a PeftModel.* to be pickled.*save_pretrained"):
+            torch.save(each, io.BytesIO())
+    torch.save(detach(model), io.BytesIO())
+
+
 def test_a_copy_is_attached_by_itself():
     model = attach(tiny_llama())
     other = copy.deepcopy(model)
@@ -220,9 +289,67 @@ def test_a_copy_is_attached_by_itself():
     assert torch.equal(other(**batch()).loss, expected)
     detach(other)
     assert "forward" not in vars(other.lm_head)
+    assert not other._forward_pre_hooks
+    assert model._forward_pre_hooks
     with pytest.raises(UserError, match="no loss attached"):
         detach(other)
     assert model(**batch()).loss != expected
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
+def test_a_forward_that_somebody_replaces_is_noticed(adapted):
+    """It would swallow the teacher's part and return a cross-entropy."""
+    model = attach(with_lora() if adapted else tiny_llama())
+    ours = model.forward
+
+    @functools.wraps(ours)
+    def around(*args, **kwargs):
+        return ours(*args, **kwargs)
+
+    for forward in (ours, around):
+        model.forward = forward
+        assert model(**batch()).logits is None
+    model.forward = types.MethodType(type(model).forward, model)
+    with pytest.raises(UserError, match=r"model\.forward: got another one.*use_liger_kernel") as e:
+        model(**batch())
+    assert "\n" not in str(e.value)
+    assert model(input_ids=IDS).logits is not None, "an ordinary batch is nothing to refuse"
+    detach(model)
+    assert not model._forward_pre_hooks
+    assert not model._forward_pre_hooks_with_kwargs
+
+
+def test_unwrapping_autocast_is_noticed():
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    model = accelerator.prepare(attach(tiny_llama()))
+    assert model(**batch()).logits is None
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    with pytest.raises(UserError, match=r"got another one.*keep_fp32_wrapper=True"):
+        model(**batch())
+    assert attach(detach(model))(**batch()).logits is None
+
+
+def test_refuses_replicas_of_data_parallel():
+    """Their forward is bound to the model that they are copies of."""
+    replica = attach(tiny_llama())._replicate_for_data_parallel()
+    with pytest.raises(UserError, match=r"a replica of nn.DataParallel.*torchrun"):
+        replica(input_ids=IDS)
+
+
+@pytest.mark.parametrize("merged", [True, False], ids=["merged", "within"])
+def test_the_model_within_is_detached_as_well(merged):
+    model = attach(with_lora())
+    base = model.merge_and_unload() if merged else model.get_base_model()
+    with pytest.raises(UserError, match="attached to it already"):
+        attach(base)
+    with pytest.raises(UserError, match=r"model\.forward: got another one"):
+        base(**batch())
+    assert detach(base) is base
+    for each in (model, base):
+        assert vars(each).keys().isdisjoint({"forward", STATE})
+        with pytest.raises(UserError, match="no loss attached"):
+            detach(each)
+    assert attach(base)(**batch()).logits is None
 
 
 def test_adapters_that_come_later_are_switched_off_too():
@@ -246,8 +373,6 @@ def test_refuses_a_second_loss_and_other_modules():
     for twice in (model, model.get_base_model()):
         with pytest.raises(UserError, match=r"attached to it already.*call detach"):
             attach(twice)
-    with pytest.raises(UserError, match="no loss attached"):
-        detach(model.get_base_model())
     with pytest.raises(UserError, match=r"got a Linear, expected a causal language model"):
         attach(torch.nn.Linear(2, 2))
     with pytest.raises(UserError, match=r"got a OptimizedModule.*before it is compiled"):
@@ -300,6 +425,50 @@ def test_refuses_adapters(settings, message):
     model = get_peft_model(tiny_llama(tied=False), settings)
     with pytest.raises(UserError, match=message):
         attach(model)
+
+
+@pytest.mark.parametrize("teacher", ["auto", "base"])
+def test_refuses_a_base_that_is_trained(teacher):
+    """It would move, and the teacher with it."""
+    biased = get_peft_model(
+        GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2)),
+        LoraConfig(target_modules=["c_attn"], bias="all", fan_in_fan_out=True),
+    )
+    with pytest.raises(UserError, match=rf"got {teacher!r} .*\(bias='all'\).*bias='none'"):
+        attach(biased, teacher=teacher)
+    model = with_lora(modules_to_save=["lm_head"])
+    norm = model.base_model.model.model.norm.weight
+    norm.requires_grad_(True)
+    with pytest.raises(UserError, match=r"trains 1 parameters.*such as .*norm.weight.*'live'"):
+        attach(model, teacher=teacher)
+    norm.requires_grad_(False)
+    attach(model, teacher=teacher)
+
+
+@pytest.mark.parametrize("teacher", ["auto", "base"])
+def test_refuses_a_base_below_adapters_that_are_no_layers(teacher):
+    settings = AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(), settings)
+    with pytest.raises(UserError, match=r"of ADAPTION_PROMPT, which are no layers.*'live'"):
+        attach(model, teacher=teacher)
+
+
+def test_refuses_a_regulariser_outside_of_the_model():
+    def adapted(weight):
+        settings = AdaLoraConfig(
+            target_modules=["q_proj"],
+            total_step=9,
+            tinit=1,
+            tfinal=1,
+            orth_reg_weight=weight,
+            task_type="CAUSAL_LM",
+        )
+        return get_peft_model(tiny_llama(), settings)
+
+    with pytest.raises(UserError, match=r"an ADALORA adapter with orth_reg_weight=0.5.*=0.0"):
+        attach(adapted(0.5))
+    attach(adapted(0.0))
+    attach(tiny_llama(), teacher=adapted(0.5))  # of one that is not trained, nothing is left out
 
 
 def test_refuses_merged_adapters():

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
+from bidistill.errors import UserError
 from bidistill.integrations.attach import attach, detach
 from bidistill.integrations.collator import PairCollator
 from examples import accelerate_loop, hf_trainer
@@ -32,11 +34,11 @@ def weights(model):
     return vector.detach().cpu()
 
 
-def trained(folder, batch_size, accumulate, **arguments):
+def trained(folder, batch_size, accumulate, model=None, **arguments):
     """Full fine-tuning of 16 pairs, 8 a step, by the Trainer of the example."""
     trainer = hf_trainer.make_trainer(
         str(folder),
-        attach(tiny_llama(), teacher=tiny_llama(seed=1)),
+        attach(model or tiny_llama(), teacher=tiny_llama(seed=1)),
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulate,
         use_cpu=True,
@@ -81,6 +83,43 @@ def test_batches_and_accumulation_agree(tmp_path):
         other, found = trained(tmp_path, batch_size, accumulate)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * moved.item())
         assert other == pytest.approx(losses, rel=1e-3)  # the Trainer rounds what it logs
+
+
+def test_a_class_that_would_not_be_told_the_count(tmp_path, monkeypatch):
+    """Such as Qwen2.5-VL: unattached, the Trainer takes the mean of its batches' means."""
+    monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", False, raising=False)
+    model = tiny_llama()
+    _, expected = trained(tmp_path, 8, 1, model)
+    _, found = trained(tmp_path, 1, 8)
+    moved = (expected - weights(tiny_llama())).abs().max()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * moved.item())
+    plain = {
+        k: v for k, v in PairCollator(1)(make_pairs(2)).items() if not k.startswith("teacher_")
+    }
+    model.eval()
+    mean = model(**plain).loss
+    assert torch.equal(model(**plain, num_items_in_batch=1).loss, mean)
+    with pytest.raises(UserError, match=r"num_items_in_batch: got it in training.*detach"):
+        model.train()(**plain, num_items_in_batch=1)
+    detach(model)
+    assert "accepts_loss_kwargs" not in vars(model)
+    model.accepts_loss_kwargs = False
+    assert attach(model).accepts_loss_kwargs
+    assert vars(detach(model))["accepts_loss_kwargs"] is False
+
+
+def test_refuses_ligers_forward(tmp_path):
+    """The Trainer has Liger replace the forward as training begins."""
+    pytest.importorskip("liger_kernel", reason="needs Liger")
+    trainer = hf_trainer.make_trainer(
+        str(tmp_path),
+        attach(tiny_llama()),
+        use_cpu=True,
+        use_liger_kernel=True,
+        liger_kernel_config={"rope": False, "rms_norm": False, "swiglu": False},
+    )
+    with pytest.raises(UserError, match=r"model\.forward: got another one.*use_liger_kernel=False"):
+        trainer.train()
 
 
 def test_two_ranks_are_one(tmp_path, two):
