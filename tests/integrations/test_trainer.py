@@ -1,6 +1,7 @@
 """The stock Trainer and a plain loop with accelerate, run as their examples run them."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -132,13 +133,19 @@ def loop(batch_size, batches):
     return accelerate_loop.train(make_pairs(16), batch_size, batches)
 
 
+def loop_of_rank(batch_size, batches):
+    # as `accelerate launch --cpu` does; else accelerate takes ranks without a GPU for one process
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    return loop(batch_size, batches)
+
+
 def test_a_plain_loop_agrees(two):
     losses, expected = loop(8, 1)
     for cut in ((4, 2), (1, 8)):
         other, found = loop(*cut)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
         assert other == pytest.approx(losses, rel=1e-5)
-    for other, found in two.run(loop, 2, 2):
+    for other, found in two.run(loop_of_rank, 2, 2):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
         assert other == pytest.approx(losses, rel=1e-5)
 
