@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from bidistill_kernels import bidirectional_kl_reference, jsd_reference
+
 VOCABULARY = 4096
 """Large beside the other widths, as real ones are: logits are what takes the memory."""
 ANSWER_TOKENS = 2, 7
@@ -122,6 +124,15 @@ def eager_kl(
         total = total + (forward * t.exp() * ratio - reverse * s.exp() * ratio).sum()
         count += len(pair["answer_ids"])
     return total / count
+
+
+def eager_divergence(
+    student: Float[Tensor, "N V"], teacher: Float[Tensor, "N V"], beta: float
+) -> Float[Tensor, " N"]:
+    """TRL's divergence of a ``beta`` from full logits: a KL at both ends, a JSD between; nats."""
+    if beta in (0, 1):
+        return bidirectional_kl_reference(student, teacher, forward=1 - beta, reverse=beta)
+    return jsd_reference(student, teacher, beta=beta)
 
 
 def make_batch() -> dict[str, Tensor]:

@@ -22,8 +22,14 @@ from trl.experimental.sdft import SDFTConfig
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bidistill.integrations.trl_sdft import SDFTTrainer  # was: from trl.experimental.sdft
-from bidistill_kernels import bidirectional_kl_reference, jsd_reference
-from examples.tiny import as_words, make_batch, make_pairs, tiny_llama, word_tokenizer
+from examples.tiny import (
+    as_words,
+    eager_divergence,
+    make_batch,
+    make_pairs,
+    tiny_llama,
+    word_tokenizer,
+)
 
 STEPS = 12
 
@@ -74,7 +80,7 @@ def make_trainer(
 
 def eager_loss(trainer: Any, batch: dict[str, Tensor]) -> Float[Tensor, ""]:  # noqa: ANN401
     """The trainer's loss from full logits, for ``full_logits``."""
-    mask, alpha = batch["completion_mask"], trainer.args.distillation_alpha
+    mask = batch["completion_mask"]
     (B, K), counts = mask.shape, mask.flatten() != 0
 
     def logits(model: torch.nn.Module, ids: Tensor, attended: Tensor) -> Tensor:
@@ -89,10 +95,7 @@ def eager_loss(trainer: Any, batch: dict[str, Tensor]) -> Float[Tensor, ""]:  # 
     with torch.no_grad():
         seen = batch["teacher_input_ids"], batch["teacher_attention_mask"]
         teacher = logits(trainer.teacher_model, *seen)
-    if alpha in (0, 1):
-        rows = bidirectional_kl_reference(student, teacher, forward=1 - alpha, reverse=alpha)
-    else:
-        rows = jsd_reference(student, teacher, beta=alpha)
+    rows = eager_divergence(student, teacher, trainer.args.distillation_alpha)
     return (rows / mask.sum(1).repeat_interleave(K)[counts]).sum() / B
 
 

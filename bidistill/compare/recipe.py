@@ -14,16 +14,15 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field
 
 from bidistill.data.records import Role
 from bidistill.errors import UserError
-from bidistill.settings import STRICT, AtLeastOne, Count, Fraction, Message, laid, load
+from bidistill.settings import STRICT, AtLeastOne, Count, Fraction, Message, laid, load, read
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """Of a method: it is the name of a folder, too."""
@@ -124,7 +123,8 @@ def load_compare(path: Path | str, overrides: Sequence[str] = ()) -> CompareConf
 
 def _demo_train() -> dict[str, Any]:
     """What the demo's recipe says that its facts need, whichever method learns them."""
-    recipe = yaml.safe_load((files("bidistill.demo") / "recipe.yaml").read_text(encoding="utf-8"))
+    with as_file(files("bidistill.demo") / "recipe.yaml") as path:
+        recipe = read(path)
     return {
         "data": {"max_answer_tokens": recipe["data"]["max_answer_tokens"]},
         "teacher": {"contexts": recipe["teacher"]["contexts"]},

@@ -1,7 +1,7 @@
 """Whether an attached model still runs the forward that `attach` gave it.
 
 Whoever replaces ``model.forward`` later, as Liger's patches do, would leave one that swallows the
-teacher's part of a batch and returns a plain cross-entropy. A hook refuses that, for once in time.
+teacher's part of a batch and returns a plain cross-entropy. A hook refuses that before it runs.
 """
 
 from typing import Any

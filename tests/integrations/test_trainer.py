@@ -13,7 +13,6 @@ from bidistill.integrations.collator import PairCollator
 from examples import accelerate_loop, hf_trainer
 from examples.tiny import make_pairs, tiny_llama
 from tests.integrations.eager import PEFT_WARNINGS
-from tests.trainer.ranks import Ranks
 
 pytestmark = [
     *PEFT_WARNINGS,
@@ -21,13 +20,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
 ]
 FULL = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 3, "seed": 5}
-
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.stop()
 
 
 def weights(model):
@@ -123,9 +115,9 @@ def test_refuses_ligers_forward(tmp_path):
         trainer.train()
 
 
-def test_two_ranks_are_one(tmp_path, two):
+def test_two_ranks_are_one(tmp_path, ranks):
     _, expected = trained(tmp_path, 8, 1)
-    for _, found in two.run(trained, tmp_path, 4, 1):
+    for _, found in ranks.run(trained, tmp_path, 4, 1):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
@@ -139,13 +131,13 @@ def loop_of_rank(batch_size, batches):
     return loop(batch_size, batches)
 
 
-def test_a_plain_loop_agrees(two):
+def test_a_plain_loop_agrees(ranks):
     losses, expected = loop(8, 1)
     for cut in ((4, 2), (1, 8)):
         other, found = loop(*cut)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
         assert other == pytest.approx(losses, rel=1e-5)
-    for other, found in two.run(loop_of_rank, 2, 2):
+    for other, found in ranks.run(loop_of_rank, 2, 2):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
         assert other == pytest.approx(losses, rel=1e-5)
 
