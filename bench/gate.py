@@ -4,9 +4,11 @@
     python -m bench.gate --write --runs 5    # measure what to expect
 
 Compared are ratios to the bare matrix products, timed in turn with ours, never times: these differ
-between machines and hours. The tolerance of a case is twice the largest deviation among repeated
-runs. A case beyond it is measured again a little later, up to three times, as a neighbour on the
-machine may have slowed it down: what is slower by itself is so each time.
+between machines and hours. Ratios do so less: the same kernels took 0.86 of the floor in one hour and 1.11
+in another, as the floor's larger writes suffer more from a busy memory. So a quarter is allowed, or
+twice the largest deviation among repeated runs if that is more: the gate finds what became half as
+slow again, the benchmarks the rest. A case beyond it is measured again a little later, up to three
+times: what is slower by itself is so each time.
 Ratios of another processor, instruction set or number of threads say nothing, so there the gate
 compares nothing and says so.
 """
@@ -35,8 +37,8 @@ from bidistill.files import write_text
 EXPECTED = record.ROOT / "bench" / "gate.json"
 AGAIN = 3
 PAUSE_S = 20.0  # a neighbour that slows one measurement down may slow the next one, too
-LEAST_TOLERANCE = 0.05
-MOST_TOLERANCE = 0.3  # a noisier machine has nothing to say
+LEAST_TOLERANCE = 0.25  # between hours and hosts; runs of one hour cannot show it
+MOST_TOLERANCE = 0.5  # a noisier machine has nothing to say
 MEMORY_BYTES = 8 << 20  # what the allocator's own pages may add to a peak
 TURNS = 15  # of a step of a fifth of a second; fewer leave the ratio to chance
 CASE_S = 60.0  # a case takes about ten
