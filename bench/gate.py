@@ -4,11 +4,11 @@
     python -m bench.gate --write --runs 5    # measure what to expect
 
 Compared are ratios to the bare matrix products, timed in turn with ours, never times: these differ
-between machines and hours. Ratios do so less: the same kernels took 0.86 of the floor in one hour and 1.11
-in another, as the floor's larger writes suffer more from a busy memory. So a quarter is allowed, or
-twice the largest deviation among repeated runs if that is more: the gate finds what became half as
-slow again, the benchmarks the rest. A case beyond it is measured again a little later, up to three
-times: what is slower by itself is so each time.
+between machines and hours. Ratios do so less: the same kernels took from 0.86 to 1.11 of the floor
+in different hours, in which the floor's time moved more than ours. So a quarter is allowed, or twice
+the largest deviation among repeated runs if that is more: the gate finds gross losses, the
+benchmarks the rest. A case beyond it is measured again a little later, up to three times, as a
+neighbour on the machine may have slowed it down: what is slower by itself is so each time.
 Ratios of another processor, instruction set or number of threads say nothing, so there the gate
 compares nothing and says so.
 """

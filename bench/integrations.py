@@ -44,13 +44,16 @@ MIB = 1 << 20
 
 
 def measure(example: str) -> dict[str, Any]:
-    """Median seconds and peak bytes of both steps of an example, and their losses' kind."""
+    """Median milliseconds and peak bytes of both steps of an example; their losses agree."""
     from examples import tiny
 
     # read when models and pairs are made, and when an example is imported
     tiny.VOCABULARY, tiny.ANSWER_TOKENS = VOCABULARY, ANSWER_TOKENS
     module = importlib.import_module(f"examples.{example}")
     steps = {"eager": module.eager_step(), "fused": module.fused_step()}
+    losses = {name: float(step()) for name, step in steps.items()}
+    if abs(losses["fused"] / losses["eager"] - 1) > 1e-4:
+        raise ValueError(f"{example}: got other losses, {losses}; expected the same work")
     meter, samples = CpuMeter(), {name: [] for name in steps}
     peaks = {name: meter.peak_bytes(step) for name, step in steps.items()}
     for _ in range(TURNS):

@@ -55,23 +55,31 @@ def train(pairs: list[Pair], batch_size: int = 4, batches: int = 2) -> tuple[lis
     return losses, weights
 
 
-def fused_step() -> Callable[[], None]:
+def fused_step() -> Callable[[], Tensor]:
     """One forward and backward of the attached model."""
     student = attach(tiny_llama(), teacher=tiny_llama(seed=1).eval())
     batch = PairCollator(student.config.pad_token_id)(make_pairs())  # type: ignore
-    return lambda: student(**batch).loss.backward()
+
+    def step() -> Tensor:
+        loss = student(**batch).loss
+        loss.backward()
+        return loss.detach()
+
+    return step
 
 
-def eager_step() -> Callable[[], None]:
+def eager_step() -> Callable[[], Tensor]:
     """The same from full logits of the same padded batch."""
     student, teacher = tiny_llama(), tiny_llama(seed=1).eval()
     batch = PairCollator(student.config.pad_token_id)(make_pairs())  # type: ignore
 
-    def step() -> None:
+    def step() -> Tensor:
         s = batch_logits(student, batch).log_softmax(-1)
         with torch.no_grad():
             t = batch_logits(teacher, batch, "teacher_").log_softmax(-1)
-        (0.5 * ((t.exp() - s.exp()) * (t - s)).sum() / len(s)).backward()
+        loss = 0.5 * ((t.exp() - s.exp()) * (t - s)).sum() / len(s)
+        loss.backward()
+        return loss.detach()
 
     return step
 

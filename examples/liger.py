@@ -55,16 +55,25 @@ def eager_loss(student: PreTrainedModel, teacher: PreTrainedModel) -> Float[Tens
     return jsd_reference(logits, target, beta=BETA)[counts].mean()
 
 
-def fused_step() -> Callable[[], None]:
+def fused_step() -> Callable[[], Tensor]:
     """One forward and backward with the fused loss, to be timed."""
-    student, teacher = tiny_llama(0), tiny_llama(1)
-    return lambda: fused_loss(student, teacher).backward()
+    return _step(fused_loss)
 
 
-def eager_step() -> Callable[[], None]:
+def eager_step() -> Callable[[], Tensor]:
     """One forward and backward from full logits, to be timed beside it."""
+    return _step(eager_loss)
+
+
+def _step(objective: Callable[..., Tensor]) -> Callable[[], Tensor]:
     student, teacher = tiny_llama(0), tiny_llama(1)
-    return lambda: eager_loss(student, teacher).backward()
+
+    def step() -> Tensor:
+        loss = objective(student, teacher)
+        loss.backward()
+        return loss.detach()
+
+    return step
 
 
 def main() -> tuple[float, float]:
