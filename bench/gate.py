@@ -5,8 +5,8 @@
 
 Compared are ratios to the bare matrix products, timed in turn with ours, never times: these differ
 between machines and hours. Ratios do so less: the same kernels took from 0.86 to 1.11 of the floor
-in different hours, in which the floor's time moved more than ours. So a quarter is allowed, or twice
-the largest deviation among repeated runs if that is more: the gate finds gross losses, the
+in different hours, in which the floor's time moved more than ours. So a quarter is allowed, or
+twice the largest deviation among repeated runs if that is more: the gate finds gross losses, the
 benchmarks the rest. A case beyond it is measured again a little later, up to three times, as a
 neighbour on the machine may have slowed it down: what is slower by itself is so each time.
 Ratios of another processor, instruction set or number of threads say nothing, so there the gate

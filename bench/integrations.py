@@ -1,14 +1,14 @@
-"""What the fused losses save in other trainers: each example's step beside that of full logits.
+"""What the fused losses save in other trainers: each example's step beside one without them.
 
     PYTHONPATH=.venv/peers python -m bench.integrations      # a Markdown table; minutes
 
-Both are one forward and backward of student, teacher and loss, on the examples' tiny model with a
-vocabulary and answers of ordinary size: 8 answers of 96 to 111 tokens, 32,768 ids, width 64. Beside
-so narrow a model the loss is nearly all there is; of a real one it is a share. Steps are timed in
-turns, in one process for each example, and once more in a process that keeps the memory it frees.
-Large tensors otherwise go back to the system, which clears the pages of the next one again: on a
-CPU that is most of what full logits cost, and a GPU's allocator keeps memory, too. Times on a CPU
-are ratios within this run.
+Both are one forward and backward of student, teacher and loss, the other by TRL's own class or else
+from full logits, on the examples' tiny model with a vocabulary and answers of ordinary size: 8
+answers of 96 to 111 tokens, 32,768 ids, width 64. Beside so narrow a model the loss is nearly all
+there is; of a real one it is a share. Steps are timed in turns, in one process for each example,
+and once more in a process that keeps the memory it frees. Large tensors otherwise go back to the
+system, which clears the pages of the next one again: on a CPU that is most of what full logits
+cost, and a GPU's allocator keeps memory, too. Times on a CPU are ratios within this run.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def main() -> None:
     changed = " and changes" if commit["dirty"] else ""
     threads = torch.get_num_threads()
     print(f"Commit {commit['commit']}{changed}, PyTorch {torch.__version__}, threads {threads}\n")
-    print("| example | full logits, MiB | fused, MiB | time, fused / full | memory kept |")
+    print("| example | without, MiB | fused, MiB | time, fused / without | the same, memory kept |")
     print("|---|---|---|---|---|")
     for example in EXAMPLES:
         print(f"| {example} | {' | '.join(_cells(example))} |", flush=True)
