@@ -59,11 +59,12 @@ def _rows(
     mass_C1 = q_CV.sum(-1, keepdim=True)
     loss_C = expected(q_CV, log_ratio_CV, out=log_ratio_CV).sum(-1)
     # 0, or the NaN that `expected` took out
-    loss_C += 0 * (mass_C1 + p_CV.sum(-1, keepdim=True)).squeeze(1)
+    nan_C1 = 0 * (mass_C1 + p_CV.sum(-1, keepdim=True))
+    loss_C += nan_C1.squeeze(1)
     stats = ((top_C1 + log_sum_C1).squeeze(1),)
     if not need_gradient:
         return DenseResult(loss_C, None, stats)
-    return DenseResult(loss_C, p_CV.mul_(mass_C1).sub_(q_CV), stats)
+    return DenseResult(loss_C, p_CV.mul_(mass_C1 + nan_C1).sub_(q_CV), stats)
 
 
 def linear_kl_to_probs(

@@ -66,8 +66,9 @@ BD_API int bd_jsd_f32(const bd_model* student, const bd_model* teacher, int64_t 
                       double beta, float* gradient, int64_t gradient_stride, float* out,
                       int64_t threads);
 
-// sum_v q_v (log max(q_v, eps) - log p_v), q: the rows of `probs`, which are read as they are: without
-// a transform and not renormalised. q = 0 adds nothing. out: (2, rows): loss, log-sum-exp of student.
+// sum_v q_v (log max(q_v, eps) - log p_sv), q: the logits of `probs`, as they are: its transform is
+// not applied, nothing is renormalised. q = 0 adds nothing, an infinite q counts as NaN. out: (2,
+// rows): loss, log-sum-exp of the student.
 BD_API int bd_kl_to_probs_f32(const bd_model* student, const bd_model* probs, int64_t rows,
                               int64_t cols, float eps, float* gradient, int64_t gradient_stride,
                               float* out, int64_t threads);

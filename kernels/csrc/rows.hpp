@@ -418,7 +418,7 @@ inline void kl_to_probs_row(const KlToProbs& job, int64_t row) {
   int64_t cols = job.size.cols;
   Statistics all = row_statistics(job.student, s_row, cols);
   double mass = row_sum(q_row, cols);
-  mass += 0.0 * mass;  // infinite, it is NaN for all ids
+  mass += 0.0 * mass;  // an infinite one is NaN, of all ids and not of one
   V top(all.top), log_sum(static_cast<float>(::log(all.sum))), eps(job.eps);
   V p_factor(static_cast<float>(mass / all.sum));
   float rate = slope_rate(job.student);

@@ -2,9 +2,10 @@
 
 loss_n = sum_v q_nv (log max(q_nv, eps) - log p_nv); gradient_nv = p_nv * sum_u q_nu - q_nv.
 
-Sweep 1 takes the statistics of the row of logits and the sum of q, which every entry of the gradient
-needs; sweep 2 loss and gradient. Traffic of an element: s and q read twice, 16 bytes, the gradient
-written once; 2 exp, 1 log. Derivation: kernels/README.md#kl-to-probabilities.
+Sweep 1 takes the statistics of the row of logits and the sum of q, which every entry of the
+gradient needs, sweep 2 loss and gradient. Traffic of an element: s and q read twice, 16 bytes, the
+gradient written once, 2 or 4 bytes; 2 exp, 1 log. Derivation:
+kernels/README.md#kl-to-probabilities.
 Shapes: C rows of a chunk, V vocabulary.
 """
 
@@ -65,7 +66,7 @@ def _kl_to_probs_kernel(
     gradient_ptr += c * gradient_stride_c
     student = (student_ptr, student_bias_ptr, student_has_bias, student_inner, student_outer)
     top, total, mass = _statistics(student, probs_ptr, V, SOFTCAP, BLOCK_V)
-    mass += 0.0 * mass  # infinite, it is NaN for all ids
+    mass = tl.where(mass == float("inf"), float("nan"), mass)  # of all ids, not of one
     log_total = tl.log(total)
     p_factor = tl.div_rn(mass, total)
 

@@ -99,9 +99,7 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """Loss, and gradient of the raw logits but for the constant factor."""
     raw = student.raw.to(dtype).requires_grad_()
-    rows = loss.reference(
-        student.final(dtype, raw), loss.teacher(teacher).final(dtype), target
-    )
+    rows = loss.reference(student.final(dtype, raw), loss.teacher(teacher).final(dtype), target)
     (gradient,) = torch.autograd.grad(rows.sum(), raw)
     return rows.detach(), gradient / student.transform.factor
 
