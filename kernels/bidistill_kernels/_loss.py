@@ -140,7 +140,7 @@ def fused_loss(
         stored = teacher
     elif teacher is not None:
         tutor = _side("teacher", teacher, teacher_bias, teacher_transform)
-    if tutor is None:
+    if tutor is None or (tutor.weight is None and pupil.weight is not None):
         _refuse_teacher_options(teacher_bias, teacher_transform)
     part = None
     if vocab_parallel is not None:
@@ -180,7 +180,7 @@ def _side(name: str, model: Model, bias: Tensor | None, transform: LogitTransfor
 
 
 def _refuse_teacher_options(bias: Tensor | None, transform: LogitTransform) -> None:
-    why = "this teacher has no head: it is stored, or the loss has none"
+    why = "this teacher has no head: it is stored or given, or the loss has none"
     if bias is not None:
         raise TypeError(f"teacher_bias: got one, expected none; {why}")
     if transform is not _IDENTITY:

@@ -9,8 +9,9 @@ logits or hidden states are at hand is better given as these (`bidirectional_kl.
 accurate where both models nearly agree. An id with q = 0 adds nothing, even if the student rules it
 out.
 
-One row function in PyTorch, for every device: the loss is for stored tables of probabilities, and a
-read of those is what it costs. The driver copies a chunk of them to fp32 as it does with logits.
+The driver copies a chunk of the probabilities to fp32 as it does with logits, and the row function
+of each back-end is given both. Elements of a block in PyTorch: one exp, one log, about 12 passes.
+Derivation: kernels/README.md#kl-to-probabilities.
 Shapes: N tokens, C rows of a block, V vocabulary, D width.
 """
 
@@ -20,7 +21,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from typing_extensions import Unpack
 
-from bidistill_kernels._checks import check_choice, check_number
+from bidistill_kernels._checks import check_number
 from bidistill_kernels._loss import LinearRowOptions, LossModule, Output, fused_loss
 from bidistill_kernels._rows import row_function
 from bidistill_kernels._softmax import expected, softmax_
@@ -40,7 +41,7 @@ def kl_to_probs_reference(
     return (teacher_probs * log_ratio.masked_fill(teacher_probs == 0, 0)).sum(-1)
 
 
-@row_function("kl_to_probs", stats=("student_lse",))
+@row_function("kl_to_probs", stats=("student_lse",), dense=True)
 @dense_rows
 def _rows(
     student_logits_CV: Tensor,
@@ -58,11 +59,12 @@ def _rows(
     mass_C1 = q_CV.sum(-1, keepdim=True)
     loss_C = expected(q_CV, log_ratio_CV, out=log_ratio_CV).sum(-1)
     # 0, or the NaN that `expected` took out
-    loss_C += 0 * (mass_C1 + p_CV.sum(-1, keepdim=True)).squeeze(1)
+    nan_C1 = 0 * (mass_C1 + p_CV.sum(-1, keepdim=True))
+    loss_C += nan_C1.squeeze(1)
     stats = ((top_C1 + log_sum_C1).squeeze(1),)
     if not need_gradient:
         return DenseResult(loss_C, None, stats)
-    return DenseResult(loss_C, p_CV.mul_(mass_C1).sub_(q_CV), stats)
+    return DenseResult(loss_C, p_CV.mul_(mass_C1 + nan_C1).sub_(q_CV), stats)
 
 
 def linear_kl_to_probs(
@@ -86,8 +88,7 @@ def linear_kl_to_probs(
         teacher_probs: the teacher's probabilities, any float type; not renormalised.
         target: token ids; only marks ignored rows.
         eps: lower bound of q inside its logarithm.
-        **options: see `LinearRowOptions`; of the back-ends there is "torch", and no
-            `vocab_parallel`.
+        **options: see `LinearRowOptions`; there is no `vocab_parallel`.
 
     Returns:
         Nats per token (mean), summed, or of each row; fp32 (fp64 for fp64 input). With
@@ -110,8 +111,6 @@ def linear_kl_to_probs(
         tensor(0.1201)
     """
     check_number("eps", eps, 0)
-    check_choice("backend", options.get("backend", "auto"), ("auto", "torch"))
-    options["backend"] = "torch"
     sides = (student_hidden, student_weight), (teacher_probs,)
     return fused_loss("kl_to_probs", [float(eps)], *sides, target, **options)
 

@@ -66,6 +66,13 @@ BD_API int bd_jsd_f32(const bd_model* student, const bd_model* teacher, int64_t 
                       double beta, float* gradient, int64_t gradient_stride, float* out,
                       int64_t threads);
 
+// sum_v q_v (log max(q_v, eps) - log p_sv), q: the logits of `probs`, as they are: its transform is
+// not applied, nothing is renormalised. q = 0 adds nothing, an infinite q counts as NaN. out: (2,
+// rows): loss, log-sum-exp of the student.
+BD_API int bd_kl_to_probs_f32(const bd_model* student, const bd_model* probs, int64_t rows,
+                              int64_t cols, float eps, float* gradient, int64_t gradient_stride,
+                              float* out, int64_t threads);
+
 // -log p_s[target]; out: (2, rows): loss, log-sum-exp.
 BD_API int bd_cross_entropy_f32(const bd_model* student, const int64_t* target, int64_t rows,
                                 int64_t cols, float* gradient, int64_t gradient_stride, float* out,
@@ -87,7 +94,8 @@ BD_API int bd_top_ids_f32(const bd_model* model, int64_t rows, int64_t cols, int
                           int64_t* ids, int64_t threads);
 
 // out[i] = f(x[i]) by the instruction set in use, for tests of its error. f: "exp" (x <= 88),
-// "expm1" and "exp_remainder" e^x - 1 - x (x <= 0), "log1p" (-1 < x <= 0), "tanh".
+// "expm1" and "exp_remainder" e^x - 1 - x (x <= 0), "log1p" (-1 < x <= 0), "log"
+// (x >= 2^-126), "tanh".
 BD_API int bd_elementary_f32(const char* f, const float* x, int64_t n, float* out);
 
 #endif  // BIDISTILL_H

@@ -98,6 +98,9 @@ inline Log1p log1p(V x, V u) {
   return {select(ne(u, u), u, value), below};  // the bits of a NaN would give a number
 }
 
+// log(u) for normal u > 0, within 2.75 ulp; from 0 to 2^-126 some number below -87
+inline V log(V u) { return log1p(u - V(1.0f), u).value; }
+
 inline V tanh(V x) {
   V square = x * x;
   V y = fma(V(-0.006083428859710693f), square, V(0.021024037152528763f));

@@ -98,6 +98,19 @@ int bd_jsd_f32(const bd_model* student, const bd_model* teacher, int64_t rows, i
   return call.run(job, &Kernels::jsd);
 }
 
+int bd_kl_to_probs_f32(const bd_model* student, const bd_model* probs, int64_t rows, int64_t cols,
+                       float eps, float* gradient, int64_t gradient_stride, float* out,
+                       int64_t threads) {
+  Call call(rows, cols, threads);
+  call.needs_model(student);
+  call.needs_model(probs);
+  call.takes_gradient(gradient, gradient_stride);
+  call.needs(out);
+  if (call.status != BD_OK) return call.status;
+  const KlToProbs job{{rows, cols}, *student, *probs, eps, {gradient, gradient_stride}, out};
+  return call.run(job, &Kernels::kl_to_probs);
+}
+
 int bd_cross_entropy_f32(const bd_model* student, const int64_t* target, int64_t rows, int64_t cols,
                          float* gradient, int64_t gradient_stride, float* out, int64_t threads) {
   Call call(rows, cols, threads);

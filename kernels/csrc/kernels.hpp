@@ -33,6 +33,14 @@ struct Jsd {
   float* out;  // (3, rows)
 };
 
+struct KlToProbs {
+  Rows size;
+  bd_model student, probs;
+  float eps;
+  Gradient gradient;
+  float* out;  // (2, rows)
+};
+
 struct CrossEntropy {
   Rows size;
   bd_model student;
@@ -71,6 +79,7 @@ struct Transform {
 struct Kernels {
   void (*bidirectional_kl)(const BidirectionalKl&, int64_t row);
   void (*jsd)(const Jsd&, int64_t row);
+  void (*kl_to_probs)(const KlToProbs&, int64_t row);
   void (*cross_entropy)(const CrossEntropy&, int64_t row);
   void (*log_sum_exp)(const LogSumExp&, int64_t row);
   void (*softmax_gradient)(const SoftmaxGradient&, int64_t row);

@@ -259,6 +259,7 @@ def refusals() -> dict[str, str]:
         "push-pull": lambda: bk.linear_push_pull(x, w, y, v, **options),
         "BiLD": lambda: bk.linear_bild(x, w, y, v, **options),
         "top-K KL": lambda: bk.linear_topk_kl(x, w, bk.topk_log_probs(y, v, 2), **options),
+        "probabilities": lambda: bk.linear_kl_to_probs(x, w, w[:4, :1].expand(4, 5), **options),
         "rows": lambda: bk.linear_jsd(x, w[:4], y, v[:4], **options),
         "teacher's rows": lambda: bk.linear_jsd(x, w, y, v[:4], **options),
         "bias": lambda: bk.linear_jsd(x, w, y, v, student_bias=w.new_zeros(10), **options),

@@ -11,6 +11,7 @@ from bidistill_kernels import (
     bidirectional_kl_reference,
     cross_entropy_reference,
     jsd_reference,
+    kl_to_probs_reference,
 )
 from bidistill_kernels._rows import ROW_LOSSES, Chunk, RowResult
 from bidistill_kernels._torch_rows import TorchLogits
@@ -27,6 +28,8 @@ EDGES = {
     "first blocks of one": ([], range(2200)),
     "all but one": (range(1, 2500), range(1, 2500)),
 }
+# rows of logits and of probabilities as no two models give them, for a loss that is given these
+GIVEN = ("not normalised", "zeros", "sparse", "ruled out", "one id", "tiny")
 
 
 class Loss(NamedTuple):
@@ -36,22 +39,32 @@ class Loss(NamedTuple):
     rows: Callable[..., RowResult]
     params: tuple[float, ...]
     reference: Callable[[Tensor, Tensor, Tensor], Tensor]
+    softmax: bool = False
+    """It is given the teacher's probabilities in place of logits."""
+
+    def teacher(self, model: Any) -> Any:
+        """Return the teacher as the loss is given it."""
+        if not self.softmax:
+            return model
+        raw = model.raw if model.bias is None else model.raw + model.bias
+        return type(model)(model.transform(raw).softmax(-1))
 
 
 class RowLosses:
     """The losses of one back-end, from its modules."""
 
-    def __init__(self, bidirectional_kl: Any, jsd: Any, cross_entropy: Any) -> None:
-        self._kl, self._jsd = bidirectional_kl.rows, jsd.rows
+    def __init__(self, bidirectional_kl: Any, jsd: Any, kl_to_probs: Any, cross_entropy: Any):
+        self._kl, self._jsd, self._probs = bidirectional_kl.rows, jsd.rows, kl_to_probs.rows
         self.FORWARD, self.REVERSE = self.kl(1, 0, 0), self.kl(0, 1, 0)
         self.MIX = self.kl(0.3, 0.5, 0.2)
         self.CE = Loss(
             "cross_entropy", cross_entropy.rows, (), lambda s, t, y: cross_entropy_reference(s, y)
         )
+        self.PROBS = self.probs_of(1e-10)._replace(softmax=True)
         self.LOSSES = pytest.mark.parametrize(
             "loss",
-            [self.MIX, self.jsd_of(0.4), self.CE],
-            ids=["bidirectional_kl", "jsd", "cross_entropy"],
+            [self.MIX, self.jsd_of(0.4), self.PROBS, self.CE],
+            ids=["bidirectional_kl", "jsd", "kl_to_probs", "cross_entropy"],
         )
         self.PAIRS = pytest.mark.parametrize(
             "loss",
@@ -71,6 +84,11 @@ class RowLosses:
     def jsd_of(self, beta: float) -> Loss:
         return Loss("jsd", self._jsd, (beta,), lambda s, t, y: jsd_reference(s, t, beta=beta))
 
+    def probs_of(self, eps: float) -> Loss:
+        return Loss(
+            "kl_to_probs", self._probs, (eps,), lambda s, q, y: kl_to_probs_reference(s, q, eps=eps)
+        )
+
 
 def masked(edge: str, peak: float) -> tuple[Tensor, Tensor, Tensor]:
     """Logits of student and teacher with ids ruled out, (1, 2500), and a target that is not."""
@@ -79,6 +97,41 @@ def masked(edge: str, peak: float) -> tuple[Tensor, Tensor, Tensor]:
     for side, ids in zip((s, t), EDGES[edge], strict=True):
         side[0, list(ids)] = -inf
     return s, t, torch.tensor([0 if edge == "all but one" else 2300])
+
+
+def given(kind: str) -> tuple[Tensor, Tensor]:
+    """Logits and probabilities of the kinds in `GIVEN`, (1, 2500)."""
+    s, q = torch.randn(1, 2500) * 3, (torch.randn(1, 2500) * 3).softmax(-1)
+    if kind == "not normalised":
+        q *= 1.7
+    elif kind == "zeros":
+        q.zero_()
+    elif kind == "sparse":
+        q[q < q.mean()] = 0
+        s[0, (q[0] == 0).nonzero().squeeze(1)[::2]] = -inf
+    elif kind == "ruled out":
+        s[0, 2300] = -inf
+    elif kind == "one id":
+        q = torch.zeros(1, 2500)
+        q[0, 2400] = 1
+    elif kind == "tiny":
+        # not normal numbers, and the smallest one that is
+        q[0, ::3], q[0, 1::6] = 1e-40, 2.0**-126
+    return s, q
+
+
+def check_given(loss: Loss, student: Any, probs: Any, fused: Any, reference: Any) -> None:
+    """Compare a back-end on odd probabilities with the reference and its gradient."""
+    inputs = student, probs, torch.tensor([0])
+    result, gradient = fused(loss, *inputs)
+    plain, by_torch = _by_torch(loss, *inputs)
+    expected, own = (reference(loss, *inputs, d)[0].cpu() for d in (torch.float64, torch.float32))
+    assert_close("loss", result.loss_C.cpu(), expected, own)
+    # autograd of the reference has 0 * inf = NaN where an id is ruled out
+    p_CV, q_CV = student.raw.double().softmax(-1), probs.raw.double()
+    expected = (p_CV * q_CV.sum(-1, keepdim=True) - q_CV).cpu()
+    assert_close("gradient", gradient.cpu(), expected, by_torch.cpu())
+    assert_close("lse", result.stats[0].cpu(), plain.stats[0].cpu().double(), plain.stats[0].cpu())
 
 
 def check_masked(
@@ -107,6 +160,6 @@ def check_masked(
 
 def _by_torch(loss: Loss, student: Any, teacher: Any, target: Tensor) -> tuple[RowResult, Tensor]:
     gradient = torch.empty_like(student.raw)
-    other = None if loss.name == "cross_entropy" else teacher.logits(TorchLogits)
+    other = None if loss.name == "cross_entropy" else loss.teacher(teacher).logits(TorchLogits)
     chunk = Chunk(student.logits(TorchLogits), other, target, gradient, need_gradient=True)
     return ROW_LOSSES[loss.name].function(chunk, loss.params), gradient

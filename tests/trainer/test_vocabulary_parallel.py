@@ -149,6 +149,7 @@ REFUSED = {
     "push-pull": "ValueError: vocab_parallel: got one with a loss of chosen ids",
     "BiLD": "ValueError: vocab_parallel: got one with a loss of chosen ids",
     "top-K KL": "ValueError: vocab_parallel: got one with a loss of chosen ids",
+    "probabilities": "ValueError: vocab_parallel: got one with a loss of chosen ids or of given",
     "rows": "ValueError: student_weight: got 4 rows, expected 5, the ids from",
     "teacher's rows": "ValueError: teacher_weight: got 4 rows, expected 5",
     "bias": "ValueError: student_bias: got shape (10,), expected (5,)",

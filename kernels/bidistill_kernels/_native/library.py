@@ -41,6 +41,10 @@ _SIGNATURES = {
         (_MODEL, _MODEL, c_void_p, *_SIZE, *[c_float] * 3, *_GRADIENT, c_void_p, c_int64),
     ),
     "bd_jsd_f32": (c_int, (_MODEL, _MODEL, *_SIZE, c_double, *_GRADIENT, c_void_p, c_int64)),
+    "bd_kl_to_probs_f32": (
+        c_int,
+        (_MODEL, _MODEL, *_SIZE, c_float, *_GRADIENT, c_void_p, c_int64),
+    ),
     "bd_cross_entropy_f32": (c_int, (_MODEL, c_void_p, *_SIZE, *_GRADIENT, c_void_p, c_int64)),
     "bd_log_sum_exp_f32": (c_int, (_MODEL, *_SIZE, c_void_p, c_int64)),
     "bd_softmax_gradient_f32": (

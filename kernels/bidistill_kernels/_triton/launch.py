@@ -28,6 +28,7 @@ _PAIR, _ONE = Block(2048, 8), Block(4096, 8)
 BLOCKS = {
     "bidirectional_kl": _PAIR,
     "jsd": _PAIR,
+    "kl_to_probs": _PAIR,
     "cross_entropy": _ONE,
     "log_sum_exp": _ONE,
     "softmax_gradient": _ONE,

@@ -8,6 +8,7 @@ from bidistill_kernels._triton import (
     bidirectional_kl,
     cross_entropy,
     jsd,
+    kl_to_probs,
     softmax,
     sparse,
     topk,
@@ -16,6 +17,6 @@ from bidistill_kernels._triton.launch import Variant
 
 VARIANTS: list[Variant] = [
     variant
-    for module in (bidirectional_kl, jsd, cross_entropy, softmax, topk, sparse)
+    for module in (bidirectional_kl, jsd, kl_to_probs, cross_entropy, softmax, topk, sparse)
     for variant in module.VARIANTS
 ]

@@ -16,6 +16,8 @@ def floats(low: float, high: float, step: int = STEP) -> torch.Tensor:
     parts = []
     for sign in (-1, 1):
         ends = [max(0.0, sign * x) for x in (low, high)]
+        if not any(ends):
+            continue
         first, last = (torch.tensor(x).view(torch.int32).item() for x in sorted(ends))
         parts.append(
             sign * torch.arange(first, last + 1, step, dtype=torch.int32).view(torch.float32)
@@ -50,6 +52,7 @@ FUNCTIONS = {
     "expm1": (torch.expm1, (-87.33, 0.0), 1.0),
     "exp_remainder": (remainder64, (-87.33, 0.0), 7.0),
     "log1p": (torch.log1p, (-0.999, 0.0), 2.75),
+    "log": (torch.log, (2.0**-126, 3.4e38), 2.75),
     "tanh": (torch.tanh, (-20.0, 20.0), 1.75),
 }
 
@@ -92,5 +95,11 @@ def test_tanh_beyond_its_range(isa):
     torch.testing.assert_close(apply("tanh", x), expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_log1p_of_nan(isa):
-    assert apply("log1p", torch.tensor([math.nan])).isnan().all()
+@pytest.mark.parametrize("name", ["log1p", "log"])
+def test_logarithm_of_nan(isa, name):
+    assert apply(name, torch.tensor([math.nan])).isnan().all()
+
+
+def test_log_below_its_range(isa):
+    y = apply("log", torch.tensor([0.0, 1e-45, 1e-40, 1.1e-38]))
+    assert ((y > -89) & (y < -87)).all()

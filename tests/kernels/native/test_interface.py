@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bidistill_kernels import bidirectional_kl_reference, cross_entropy_reference, jsd_reference
+from bidistill_kernels import (
+    bidirectional_kl_reference,
+    cross_entropy_reference,
+    jsd_reference,
+    kl_to_probs_reference,
+)
 from bidistill_kernels._native.library import Model, call
 from tests.kernels.native.conftest import ISAS
 from tests.support import assert_close
@@ -50,6 +55,7 @@ def arguments(**changed: Any) -> dict[str, tuple[Any, ...]]:
             "student teacher target rows cols 1 1 1 gradient stride out threads"
         ),
         "bd_jsd_f32": "student teacher rows cols 0.5 gradient stride out threads",
+        "bd_kl_to_probs_f32": "student teacher rows cols 0.1 gradient stride out threads",
         "bd_cross_entropy_f32": "student target rows cols gradient stride out threads",
         "bd_log_sum_exp_f32": "student rows cols out threads",
         "bd_softmax_gradient_f32": "student base base 0 rows cols gradient stride threads",
@@ -75,11 +81,11 @@ WRONG = {
     "rows that overlap": ({"student": model(torch.zeros(2, 4), 3)}, BAD_STRIDE, ()),
     "no model": ({"student": None}, NULL, ()),
     "no logits": ({"student": byref(Model(None, 4, None, 1, 0))}, NULL, ()),
-    "no teacher": ({"teacher": None}, NULL, (FUNCTIONS[0], *FUNCTIONS[3:])),
+    "no teacher": ({"teacher": None}, NULL, (FUNCTIONS[0], *FUNCTIONS[4:])),
     "no target": (
         {"target": None},
         NULL,
-        [name for name in FUNCTIONS if "entropy" not in name and "kl" not in name],
+        [name for name in FUNCTIONS if "entropy" not in name and "bidirectional" not in name],
     ),
     "no result": (
         {"out": None, "base": None, "ids": None},
@@ -177,13 +183,15 @@ def random_call(library, draw):
     torch.manual_seed(draw(st.integers(0, 999)))
     sides = torch.randn(2, C, V) * 3
     target = torch.randint(V, (C,))
+    kind = draw(st.sampled_from(["kl", "jsd", "probs", "ce", "top"]))
+    if kind == "probs":
+        sides[1] = sides[1].softmax(-1)
     student, teacher = (Guarded.of(side, gap, draw(st.integers(0, 5))) for side in sides)
     in_place = draw(st.booleans())
     apart = Guarded.of(torch.full((C, V), torch.nan), draw(st.integers(0, 20)), 3)
     gradient = student if in_place else apart
     out = Guarded.of(torch.full((5, C), torch.nan), 0, 1)
     g, stride, o = gradient.rows.data_ptr(), gradient.rows.stride(0), out.rows.data_ptr()
-    kind = draw(st.sampled_from(["kl", "jsd", "ce", "top"]))
     if kind == "top":
         K = draw(st.integers(1, V))
         ids = Guarded.of(torch.zeros(C, K, dtype=torch.int64), 0, 2)
@@ -206,6 +214,10 @@ def random_call(library, draw):
             "jsd": lambda: (
                 library.bd_jsd_f32(*names[:2], C, V, 0.3, g, stride, o, threads),
                 lambda s, t: jsd_reference(s, t, beta=0.3),
+            ),
+            "probs": lambda: (
+                library.bd_kl_to_probs_f32(*names[:2], C, V, 0.01, g, stride, o, threads),
+                lambda s, q: kl_to_probs_reference(s, q, eps=0.01),
             ),
             "ce": lambda: (
                 library.bd_cross_entropy_f32(names[0], names[2], C, V, g, stride, o, threads),

@@ -14,20 +14,30 @@ from torch import Tensor
 from bidistill_kernels import (
     LogitTransform,
 )
-from bidistill_kernels._native import bidirectional_kl, cross_entropy, jsd
+from bidistill_kernels._native import bidirectional_kl, cross_entropy, jsd, kl_to_probs
 from bidistill_kernels._native.logits import NativeLogits
 from bidistill_kernels._rows import Chunk, RowResult
 from bidistill_kernels._top import top_ids
-from tests.kernels.row_losses import EDGES, Loss, RowLosses, check_masked, masked
+from tests.kernels.row_losses import (
+    EDGES,
+    GIVEN,
+    Loss,
+    RowLosses,
+    check_given,
+    check_masked,
+    given,
+    masked,
+)
 from tests.support import assert_close
 
 pytestmark = pytest.mark.usefixtures("isa")
 inf, nan = torch.inf, torch.nan
-ROWS = RowLosses(bidirectional_kl, jsd, cross_entropy)
+ROWS = RowLosses(bidirectional_kl, jsd, kl_to_probs, cross_entropy)
 FORWARD = ROWS.FORWARD
 REVERSE = ROWS.REVERSE
 MIX = ROWS.MIX
 CE = ROWS.CE
+PROBS = ROWS.PROBS
 LOSSES = ROWS.LOSSES
 PAIRS = ROWS.PAIRS
 jsd_of = ROWS.jsd_of
@@ -80,7 +90,7 @@ def fused(
 def call(
     loss: Loss, student: Any, teacher: Model, target: Tensor | None, gradient: Tensor | None
 ) -> RowResult:
-    other = None if loss is CE else teacher.logits()
+    other = None if loss is CE else loss.teacher(teacher).logits()
     return loss.rows(Chunk(student, other, target, gradient, gradient is not None), loss.params)
 
 
@@ -89,7 +99,7 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """Loss, and gradient of the raw logits but for the constant factor."""
     raw = student.raw.to(dtype).requires_grad_()
-    rows = loss.reference(student.final(dtype, raw), teacher.final(dtype), target)
+    rows = loss.reference(student.final(dtype, raw), loss.teacher(teacher).final(dtype), target)
     (gradient,) = torch.autograd.grad(rows.sum(), raw)
     return rows.detach(), gradient / student.transform.factor
 
@@ -211,7 +221,9 @@ def test_denormal_logits_and_zeros(loss):
     s[1], t[2] = 0, 0
     result, gradient = fused(loss, Model(s), Model(t), torch.tensor([0, 1, 2, 1499]))
     expected, expected_gradient = reference(loss, Model(s), Model(t), torch.tensor([0, 1, 2, 1499]))
-    torch.testing.assert_close(result.loss_C.double(), expected, rtol=1e-6, atol=1e-12)
+    # equal models: that loss is a difference of entropies
+    atol = 1e-6 if loss is PROBS else 1e-12
+    torch.testing.assert_close(result.loss_C.double(), expected, rtol=1e-6, atol=atol)
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-6, atol=1e-10)
 
 
@@ -224,7 +236,9 @@ def test_rising_and_falling_logits(loss):
 
 
 @pytest.mark.parametrize(
-    "loss", [FORWARD, REVERSE, jsd_of(0.3), CE], ids=["forward", "reverse", "jsd", "ce"]
+    "loss",
+    [FORWARD, REVERSE, jsd_of(0.3), PROBS, CE],
+    ids=["forward", "reverse", "jsd", "probs", "ce"],
 )
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize("peak", [0.0, 300.0])
@@ -235,6 +249,25 @@ def test_masked_ids(loss, edge, peak):
     """
     s, t, target = masked(edge, peak)
     check_masked(loss, Model(s), Model(t), target, fused, reference)
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+@pytest.mark.parametrize("eps", [0.0, 1e-10, 0.01])
+def test_given_probabilities(kind, eps):
+    s, q = given(kind)
+    check_given(ROWS.probs_of(eps), Model(s), Model(q), fused, reference)
+
+
+@pytest.mark.parametrize("value", [nan, inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_no_probability_hides_a_nan(value, side):
+    """Of a logit whose id, or whose row, is given the probability 0; or of one probability."""
+    pair = torch.randn(2, 500), torch.zeros(2, 500)
+    pair[1][0, 7] = 1
+    pair[side][:, 499] = value
+    result, gradient = fused(ROWS.probs_of(1e-10), *map(Model, pair), torch.tensor([0, 0]))
+    assert result.loss_C.isnan().all()
+    assert gradient.isnan().all()
 
 
 @LOSSES

@@ -53,7 +53,7 @@ def take_note(kernel, key, signature, device, constexprs, options, attrs, warmup
 def launch_dense():
     """Losses with a gradient of the logits, and what sparse losses ask of logits."""
     from bidistill_kernels._rows import Chunk
-    from bidistill_kernels._triton import bidirectional_kl, cross_entropy, jsd
+    from bidistill_kernels._triton import bidirectional_kl, cross_entropy, jsd, kl_to_probs
     from bidistill_kernels._triton.launch import TritonLogits
     from bidistill_kernels.transform import LogitTransform
 
@@ -68,6 +68,8 @@ def launch_dense():
         chunk = Chunk(student, teacher, target_C, gradient_CV, gradient_CV is not None)
         bidirectional_kl.rows(chunk, (0.5, 0.5, 0.1))
         jsd.rows(chunk._replace(target_C=None), (0.5,))
+        probs = TritonLogits(torch.zeros(C, V), None, LogitTransform())
+        kl_to_probs.rows(chunk._replace(teacher=probs, target_C=None), (1e-10,))
         cross_entropy.rows(chunk._replace(teacher=None), ())
         if gradient_CV is not None:
             student.softmax_gradient(torch.zeros(C), torch.zeros(C), gradient_CV)

@@ -19,10 +19,19 @@ from bidistill_kernels import (
     LogitTransform,
 )
 from bidistill_kernels._rows import Chunk, RowResult
-from bidistill_kernels._triton import bidirectional_kl, cross_entropy, jsd, pieces
+from bidistill_kernels._triton import bidirectional_kl, cross_entropy, jsd, kl_to_probs, pieces
 from bidistill_kernels._triton.launch import TritonLogits
 from tests.kernels.cases import DEVICE
-from tests.kernels.row_losses import EDGES, Loss, RowLosses, check_masked, masked
+from tests.kernels.row_losses import (
+    EDGES,
+    GIVEN,
+    Loss,
+    RowLosses,
+    check_given,
+    check_masked,
+    given,
+    masked,
+)
 from tests.support import assert_close
 
 # the interpreter is NumPy, which warns of lanes that hold -inf and of branches that are not taken
@@ -31,11 +40,12 @@ pytestmark = pytest.mark.filterwarnings(
 )
 inf, nan = torch.inf, torch.nan
 SIXTEEN = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-ROWS = RowLosses(bidirectional_kl, jsd, cross_entropy)
+ROWS = RowLosses(bidirectional_kl, jsd, kl_to_probs, cross_entropy)
 FORWARD = ROWS.FORWARD
 REVERSE = ROWS.REVERSE
 MIX = ROWS.MIX
 CE = ROWS.CE
+PROBS = ROWS.PROBS
 LOSSES = ROWS.LOSSES
 PAIRS = ROWS.PAIRS
 kl = ROWS.kl
@@ -82,7 +92,7 @@ def draw(shape: tuple[int, int], transform: LogitTransform = PLAIN) -> tuple[Mod
 
 def run(loss: Loss, student: Any, teacher: Any, target: Any, gradient: Tensor | None) -> RowResult:
     """Call a kernel's launcher; the teacher is left out where the loss has none."""
-    teacher = None if loss is CE else teacher.logits()
+    teacher = None if loss is CE else loss.teacher(teacher).logits()
     return loss.rows(Chunk(student, teacher, target, gradient, gradient is not None), loss.params)
 
 
@@ -100,7 +110,8 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """Loss, and gradient of the raw logits but for the constant factor."""
     raw = student.raw.to(dtype).requires_grad_()
-    rows = loss.reference(student.final(raw), teacher.final(teacher.raw.to(dtype)), target)
+    other = loss.teacher(teacher)
+    rows = loss.reference(student.final(raw), other.final(other.raw.to(dtype)), target)
     (gradient,) = torch.autograd.grad(rows.sum(), raw)
     return rows.detach(), gradient / student.transform.factor
 
@@ -236,7 +247,9 @@ def test_confident_row(loss):
 
 
 @pytest.mark.parametrize(
-    "loss", [FORWARD, REVERSE, jsd_of(0.3), CE], ids=["forward", "reverse", "jsd", "ce"]
+    "loss",
+    [FORWARD, REVERSE, jsd_of(0.3), PROBS, CE],
+    ids=["forward", "reverse", "jsd", "probs", "ce"],
 )
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize("peak", [0.0, 300.0])
@@ -247,6 +260,25 @@ def test_masked_ids(loss, edge, peak):
     """
     s, t, target = (x.to(DEVICE) for x in masked(edge, peak))
     check_masked(loss, Model(s), Model(t), target, fused, reference)
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+@pytest.mark.parametrize("eps", [0.0, 1e-10, 0.01])
+def test_given_probabilities(kind, eps):
+    s, q = (x.to(DEVICE) for x in given(kind))
+    check_given(ROWS.probs_of(eps), Model(s), Model(q), fused, reference)
+
+
+@pytest.mark.parametrize("value", [nan, inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_no_probability_hides_a_nan(value, side):
+    """Of a logit whose id, or whose row, is given the probability 0; or of one probability."""
+    pair = torch.randn(2, 500, device=DEVICE), torch.zeros(2, 500, device=DEVICE)
+    pair[1][0, 7] = 1
+    pair[side][:, 499] = value
+    result, gradient = fused(ROWS.probs_of(1e-10), *map(Model, pair), torch.tensor([0, 0]))
+    assert result.loss_C.isnan().all()
+    assert gradient.isnan().all()
 
 
 @LOSSES
