@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Float
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
@@ -163,7 +163,9 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {f"w{token}": token for token in range(VOCABULARY)}
     words = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
     words.pre_tokenizer = WhitespaceSplit()
-    special = {"bos_token": "w0", "eos_token": "w1", "pad_token": "w1"}
+    # by whole words: else "w17" would be the end of a text and a "7"
+    bos, eos = (AddedToken(word, single_word=True) for word in ("w0", "w1"))
+    special = {"bos_token": bos, "eos_token": eos, "pad_token": eos}
     return PreTrainedTokenizerFast(tokenizer_object=words, padding_side="left", **special)
 
 

@@ -15,6 +15,7 @@ import torch
 import trl
 from datasets import Dataset
 from jaxtyping import Float
+from peft import LoraConfig
 from torch import Tensor
 from transformers import PrinterCallback
 from trl import DistillationConfig
@@ -34,7 +35,12 @@ from examples.tiny import (
 STEPS = 12
 
 
-def make_trainer(folder: str, kind: type = DistillationTrainer, **options: Any) -> Any:  # noqa: ANN401
+def make_trainer(
+    folder: str,
+    kind: type = DistillationTrainer,
+    adapter: LoraConfig | None = None,
+    **options: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
     """A trainer that samples a few tokens and compares them with another model's."""
     config = {
         "output_dir": folder,
@@ -58,6 +64,7 @@ def make_trainer(folder: str, kind: type = DistillationTrainer, **options: Any) 
             [{"prompt": as_words(pair["prompt_ids"])} for pair in make_pairs()]
         ),
         processing_class=word_tokenizer(),
+        peft_config=adapter,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

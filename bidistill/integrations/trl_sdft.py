@@ -18,8 +18,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import DynamoBackend
 from jaxtyping import Float, Int
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from bidistill.errors import MissingPackage, UserError
@@ -70,8 +71,7 @@ class SDFTTrainer(_SDFTTrainer):
         if args is not None and args.use_teacher_server:
             raise _refused("use_teacher_server", "no teacher is asked over the network")
         super().__init__(model, args, *others, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise _refused("FSDP or DeepSpeed", "parameters must be whole, as under DDP")
+        self._check_processes()
         student, teacher = self._unwrapped(self.model), self._unwrapped(self.teacher_model)
         for name, each in (("model", student), ("teacher", teacher)):
             check_model(each, name)
@@ -79,6 +79,21 @@ class SDFTTrainer(_SDFTTrainer):
         # the teacher is the student, or is made of the same config
         self._transform = read_logit_transform(student, "model")
         self._forward_redirection = _ForwardRedirection()
+        if self._use_peft_ema_teacher_adapter():
+            _check_teachers_adapter(student)
+
+    def _check_processes(self) -> None:
+        """Refuse what would wrap the model in anything but DDP."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise _refused("FSDP or DeepSpeed", "parameters must be whole, as under DDP")
+        compiler: Any = self.accelerator.state.dynamo_plugin
+        if compiler.backend != DynamoBackend.NO:
+            raise _refused("torch_compile", "the loss runs within the forward that is compiled")
+        if self.args.n_gpu > 1:
+            raise UserError(
+                f"n_gpu: got {self.args.n_gpu} devices for one process (nn.DataParallel), expected "
+                "one; start with torchrun, or let the process see one device only"
+            )
 
     def _unwrapped(self, model: Any) -> Any:  # noqa: ANN401
         return self.accelerator.unwrap_model(model)
@@ -196,6 +211,21 @@ class SDFTTrainer(_SDFTTrainer):
                 model, inputs, lambda student: self._losses().log_prob(student, ids, counts)
             )
         return log_prob.view_as(completion_ids)
+
+
+def _check_teachers_adapter(model: PeftModel) -> None:
+    """Refuse what TRL's teacher would ruin.
+
+    It sets to zero whatever peft saves with an adapter, to begin with a teacher of zeros. Of an
+    adapter on the embedding or the LM head, peft saves the weights of the model too.
+    """
+    others = [name for name in get_peft_model_state_dict(model) if "lora_" not in name]
+    if others:
+        raise UserError(
+            f"teacher_model_kind: got 'ema' with an adapter that is saved with {others[0]}, which "
+            "TRL sets to zero, expected one that is saved alone; leave embedding and LM head out "
+            "of target_modules, or take 'base' or 'live'"
+        )
 
 
 def _refused(name: str, why: str) -> UserError:

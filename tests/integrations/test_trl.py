@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from bidistill.errors import UserError
 from bidistill_kernels import LogitTransform, bidirectional_kl_reference, jsd_reference
 from tests.kernels.cases import make_inputs
-from tests.support import Wide, assert_close
+from tests.support import OWN_ERROR, Wide, assert_close
 
 pytest.importorskip("trl", reason="trl is not installed")
 # trl 1.16 asks transformers 5.23 for what that has renamed since
@@ -159,6 +159,44 @@ def test_trainer_equals_full_logits(tmp_path, example, beta):
     names = ["loss", *(name for name, _ in trainer.model.named_parameters())]
     for name, actual, *both in zip(names, got, *wanted, strict=True):
         assert_close(name, actual.detach(), *both)
+
+
+@BETAS
+def test_weights_of_16_bits(tmp_path, example, beta):
+    """Loss and gradients as near those in float64 as TRL's own."""
+    trl, batch, errors = pytest.importorskip("trl"), example.make_batch(), []
+    names = "model_init_kwargs", "teacher_model_init_kwargs"
+    half = {name: {"dtype": "bfloat16"} for name in names}
+    for kind in (trl.DistillationTrainer, example.DistillationTrainer):
+        trainer = example.make_trainer(
+            str(tmp_path), loaded(kind, tmp_path), beta=beta, gradient_checkpointing=False, **half
+        )
+        loss = trainer.compute_loss(trainer.model, batch)
+        loss.backward()
+        found = [loss.detach(), *(p.grad for p in trainer.model.parameters())]
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
+        models = [copy.deepcopy(m).double() for m in (trainer.model, trainer.teacher_model)]
+        same = SimpleNamespace(model=models[0], teacher_model=models[1], beta=beta, temperature=1.0)
+        models[0].zero_grad()
+        with Wide():
+            exact = example.eager_loss(same, batch)
+            exact.backward()
+        wanted = [exact.detach(), *(p.grad for p in models[0].parameters())]
+        pairs = zip(found, wanted, strict=True)
+        errors.append([((f - w).norm() / w.norm()).item() for f, w in pairs])
+    for own, error in zip(*errors, strict=True):
+        assert 0 < error <= 2 * max(own, OWN_ERROR[torch.bfloat16]) < 0.1
+
+
+def loaded(kind, folder):
+    """The class, with both models saved and then loaded from where they are, as TRL loads them."""
+
+    def make(model, teacher_model, **options):
+        for name, each in (("student", model), ("teacher", teacher_model)):
+            each.save_pretrained(folder / name)
+        return kind(str(folder / "student"), str(folder / "teacher"), **options)
+
+    return make
 
 
 def test_trainer_logs_what_trl_logs(tmp_path, example):

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile
 
 from bidistill.errors import UserError
-from tests.support import Wide, assert_close
+from tests.support import OWN_ERROR, Wide, assert_close
 
 pytest.importorskip("trl", reason="trl is not installed")
 pytestmark = [
@@ -30,6 +30,7 @@ CASES = {
     "jsd, adapters off": {"adapter": LORA},
     "jsd, adapter on the head": {"adapter": HEAD, "teacher_model_kind": "live"},
     "jsd, the head's adapter off": {"adapter": HEAD},
+    "jsd, another adapter": {"adapter": LORA, "teacher_model_kind": "ema"},
     "sampled": {"distillation_mode": "sampled_token", "distillation_alpha": 1.0},
     "top ids": {"distillation_mode": "topk_logits", "distillation_topk": 5},
     "top ids and others": {
@@ -53,15 +54,19 @@ def theirs():
 
 
 def make(example, kind, folder, adapter=None, **options):
-    """A trainer; its student is some way off its base."""
+    """A trainer; its student is some way off its base, and so is a teacher that is an adapter."""
     lora = None if adapter is None else LoraConfig(**adapter)
     # what is made again in the backward is made outside of `Wide`
     options = {"gradient_checkpointing": False, **options}
     trainer = example.make_trainer(str(folder), kind, lora, **options)
     trainer.current_gradient_accumulation_steps = 1
+    for callback in trainer.callback_handler.callbacks:
+        if type(callback).__name__ == "PEFTAdapterEMACallback":
+            callback.on_train_begin(trainer.args, trainer.state, trainer.control)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in trainer.model.named_parameters():
-        if parameter.requires_grad and (adapter is None or "lora_B" in name):
+        own = parameter.requires_grad and (adapter is None or "lora_B" in name)
+        if own or ".teacher." in name:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.data += 0.02 * noise.to(parameter)
     trainer.chunk_bytes = 8 * V * 7  # seven rows of two models at a time
@@ -103,6 +108,48 @@ def test_equals_trl(example, theirs, tmp_path, options):
             assert got[name] is None, name
         else:
             assert_close(name, got[name], wanted, plain[name])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "ids" not in name])
+def test_weights_of_16_bits(example, theirs, tmp_path, name):
+    """As near float64 as TRL's own, or nearer; rounding chooses other best ids, so not for those.
+
+    Adapters are fp32, as peft makes them.
+    """
+    batch, found = example.make_batch(), []
+    for kind in (example.SDFTTrainer, theirs):
+        trainer = make(example, kind, tmp_path, **CASES[name])
+        models = trainer.model, trainer.teacher_model
+        for parameter_name, parameter in (item for m in models for item in m.named_parameters()):
+            if "lora" not in parameter_name:
+                parameter.data = parameter.data.bfloat16()
+        found.append(step(trainer, batch)[0])
+    for model in models:
+        model.double()
+    with Wide():
+        expected, _ = step(trainer, batch)
+
+    def error(results, key):
+        return (results[key].double() - expected[key]).norm() / expected[key].norm()
+
+    for key in (key for key, wanted in expected.items() if wanted is not None):
+        bound = 2 * max(error(found[1], key), OWN_ERROR[torch.bfloat16])
+        assert 0 < error(found[0], key) <= bound < 0.1, key
+
+
+def test_the_teachers_adapter_is_the_one_that_is_read(example, theirs, tmp_path):
+    batch, losses = example.make_batch(), []
+    for kind in (theirs, example.SDFTTrainer):
+        trainer = make(example, kind, tmp_path, **CASES["jsd, another adapter"])
+        losses.append([step(trainer, batch)[0]["loss"].item()])
+        teacher = [p for name, p in trainer.model.named_parameters() if ".teacher." in name]
+        assert not any(p.requires_grad for p in teacher)
+        for parameter in teacher:
+            parameter.data *= 10
+        losses[-1].append(step(trainer, batch)[0]["loss"].item())
+        assert trainer.model.active_adapter == "default"
+    assert losses[0][1] != pytest.approx(losses[0][0], rel=0.01)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_log_probabilities_at_rollout(example, theirs, tmp_path):
@@ -188,6 +235,28 @@ def test_rejects_parameters_in_parts(example, tmp_path, monkeypatch, flag):
 
     monkeypatch.setattr(trainer, "__init__", sharded)
     with pytest.raises(UserError, match="FSDP or DeepSpeed: got it"):
+        example.make_trainer(str(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+def test_rejects_a_teacher_that_trl_would_ruin(example, theirs, tmp_path):
+    options = {"adapter": HEAD, "teacher_model_kind": "ema"}
+    own = make(example, theirs, tmp_path, **options)
+    assert not own.model.get_input_embeddings().weight.any()
+    with pytest.raises(UserError, match=r"'ema' with an adapter that is saved with .*lm_head"):
+        make(example, example.SDFTTrainer, tmp_path, **options)
+
+
+@pytest.mark.parametrize("adapter", [None, LORA])
+def test_rejects_compilation(example, tmp_path, adapter):
+    options = {"torch_compile": True, "torch_compile_backend": "eager"}
+    with pytest.raises(UserError, match="torch_compile: got it"):
+        make(example, example.SDFTTrainer, tmp_path, adapter, **options)
+
+
+def test_rejects_several_devices_for_one_process(example, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("trl.experimental.sdft").SDFTConfig, "n_gpu", 2)
+    with pytest.raises(UserError, match=r"n_gpu: got 2 devices .*torchrun"):
         example.make_trainer(str(tmp_path))
 
 
