@@ -13,7 +13,6 @@ Legend: B pairs, T tokens of the longest, S tokens of the longest that the teach
 """
 
 import functools
-import inspect
 import types
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,18 +23,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bidistill.errors import UserError
 from bidistill.integrations.adapters import check_regularisers
-from bidistill.integrations.attached import DISPATCH, Attachment, Kind, distil
+from bidistill.integrations.attached import DISPATCH, Attachment, Kind, distil, reads_positions
+from bidistill.integrations.early_check import checked_transform
 from bidistill.integrations.forward_guard import OURS, refuse_lost_forward
 from bidistill.integrations.supported import check_loss, check_model, check_padding, check_teacher
 from bidistill.losses import find
 from bidistill.models import (
     attach_distill_step,
     attach_head,
-    backbone,
-    read_logit_transform,
     runs_losses,
     unwrapped,
-    without_dropout,
 )
 from bidistill_kernels import LogitTransform
 
@@ -87,8 +84,9 @@ def attach(
         UserError: a model, loss, teacher or option that cannot be used, or something is attached
             already. The forward, once attached, raises it for a batch that lacks a teacher's part.
 
-    Early check: the model is called once, on 16 random tokens, and its logits are compared with
-    what the fused loss would make of its head (scale, soft-cap, bias, vocabulary limit).
+    Early check: each model is called a few times, on 16 random tokens. Its logits are compared with
+    those of the way that the loss takes (backbone, head, scale, soft-cap, bias, vocabulary limit),
+    and those of the first tokens with what they are before other tokens.
     """
     base = unwrapped(model)
     if STATE in vars(model) or STATE in vars(base):
@@ -111,8 +109,8 @@ def attach(
         teacher=kind,
         teacher_transform=teacher_transform,
         chunk_bytes=chunk_bytes,
-        takes_positions=_takes_positions(model),
-        teacher_takes_positions=_takes_positions(reads),
+        takes_positions=reads_positions(model),
+        teacher_takes_positions=reads_positions(reads),
         before=vars(model).get("forward"),
         takes_count=getattr(base, COUNTS, True) is not False,
         said_of_count=vars(base).get(COUNTS),
@@ -218,10 +216,8 @@ def _transforms(
 
     Models of one tokenizer may pad their heads to different sizes: both are cut to the smaller.
     """
-    found = list[LogitTransform]()
-    for name, each in (("model", model), ("teacher", teacher)):
-        with without_dropout(each):
-            found.append(read_logit_transform(each, name))
+    found = [checked_transform(model, "model")]
+    found.append(found[0] if teacher is model else checked_transform(teacher, "teacher"))
     rows = [each.get_output_embeddings().weight.shape[0] for each in (model, teacher)]  # type: ignore
     sizes = [min(t.vocab_limit or size, size) for t, size in zip(found, rows, strict=True)]
     if sizes[0] != sizes[1]:
@@ -232,8 +228,3 @@ def _transforms(
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from None
     return own, theirs
-
-
-def _takes_positions(model: nn.Module) -> bool:
-    """Whether the model without its head can be told the position of each token."""
-    return "position_ids" in inspect.signature(backbone(model).forward).parameters

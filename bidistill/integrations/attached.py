@@ -4,6 +4,7 @@ Legend: B pairs, T tokens of the longest, S tokens of the longest that the teach
 """
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from bidistill.errors import UserError
 from bidistill.integrations.adapters import has_adapters
 from bidistill.loss_calls import Rows, Side, run
 from bidistill.losses import Loss
-from bidistill.models import compute_device, distill_step, own_rows, runs_losses
+from bidistill.models import backbone, compute_device, distill_step, own_rows, runs_losses
 from bidistill.teacher.rows import TeacherRows
 from bidistill_kernels import LogitTransform
 
@@ -101,8 +102,8 @@ def distil(
     own |= {"input_ids": input_ids, "attention_mask": attention_mask}
     theirs = {n.removeprefix(PREFIX): kwargs[n] for n in kwargs if n.startswith(PREFIX)}
     width = min(input_ids.shape[1], theirs["input_ids"].shape[1])
-    student = _padded(own, "", width, attachment.takes_positions)
-    teacher = _padded(theirs, PREFIX, width, attachment.teacher_takes_positions)
+    student = with_targets(own, "", width, attachment.takes_positions)
+    teacher = with_targets(theirs, PREFIX, width, attachment.teacher_takes_positions)
     torch._assert_async(  # type: ignore
         (student.target == teacher.target).all(),
         "teacher_labels: got other answer tokens than in labels, expected the same in their order; "
@@ -126,8 +127,23 @@ def distil(
     return total / max(num_items_in_batch, 1)
 
 
-def _padded(inputs: dict[str, Any], prefix: str, width: int, takes_positions: bool) -> Padded:
-    """Inputs of a backbone, and the targets of its positions."""
+def reads_positions(model: nn.Module) -> bool:
+    """Whether the model without its head can be told the position of each token."""
+    return "position_ids" in inspect.signature(backbone(model).forward).parameters
+
+
+def with_targets(inputs: dict[str, Any], prefix: str, width: int, takes_positions: bool) -> Padded:
+    """What a backbone reads, and the targets of its positions.
+
+    Args:
+        inputs: ``input_ids``, ``labels`` or ``shift_labels``, and what else there is; (B, T) each.
+        prefix: of these names, for the message.
+        width: rows of each sequence.
+        takes_positions: what `reads_positions` says of the model.
+
+    Raises:
+        UserError: there are no labels.
+    """
     inputs = dict(inputs)
     labels, target = inputs.pop("labels", None), inputs.pop("shift_labels", None)
     if target is None:
