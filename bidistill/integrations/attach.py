@@ -22,8 +22,15 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bidistill.errors import UserError
-from bidistill.integrations.adapters import check_regularisers
-from bidistill.integrations.attached import DISPATCH, Attachment, Kind, distil, reads_positions
+from bidistill.integrations.adapters import check_regularisers, configs_of
+from bidistill.integrations.attached import (
+    DISPATCH,
+    STATE,
+    Attachment,
+    Kind,
+    distil,
+    reads_positions,
+)
 from bidistill.integrations.early_check import checked_transform
 from bidistill.integrations.forward_guard import OURS, refuse_lost_forward
 from bidistill.integrations.supported import check_loss, check_model, check_padding, check_teacher
@@ -37,8 +44,6 @@ from bidistill.models import (
 from bidistill_kernels import LogitTransform
 
 Model = TypeVar("Model", bound=nn.Module)
-STATE = "bidistill_attachment"
-"""The attribute of a model that says what is attached to it."""
 COUNTS = "accepts_loss_kwargs"
 """The attribute by which a class of transformers has the Trainer keep ``num_items_in_batch``."""
 
@@ -115,6 +120,7 @@ def attach(
         takes_count=getattr(base, COUNTS, True) is not False,
         said_of_count=vars(base).get(COUNTS),
         head=None if runs_losses(head) else head,
+        adapters=configs_of(model),
         hooks=[
             each.register_forward_pre_hook(refuse_lost_forward, with_kwargs=True)
             for each in dict.fromkeys((model, base))  # the same but for a PeftModel

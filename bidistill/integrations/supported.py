@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bidistill.errors import UserError
-from bidistill.integrations.adapters import check_adapters, check_base
+from bidistill.integrations.adapters import check_adapters, check_base, check_regularisers
 from bidistill.loss_names import checked
 from bidistill.losses import LOSSES, find
 from bidistill.models import runs_losses, unwrapped
@@ -60,6 +60,23 @@ def check_model(model: nn.Module, name: str) -> None:
         )
     check_adapters(model, name)
     _check_head(base.get_output_embeddings(), name)  # type: ignore
+
+
+def check_adapted(model: nn.Module, teacher: object) -> None:
+    """Refuse what adapters that came since it was attached have made of a student.
+
+    Args:
+        model: the student.
+        teacher: one of `KINDS`, or a model.
+
+    Raises:
+        UserError: one line that says what is wrong with them.
+    """
+    check_adapters(model, "model")
+    check_regularisers(model)
+    _check_head(model.get_output_embeddings(), "model")  # type: ignore
+    if isinstance(teacher, str) and teacher != "live":
+        check_base(model, teacher)
 
 
 def _unfit(name: str, base: PreTrainedModel, why: str) -> UserError:
