@@ -14,6 +14,9 @@ REFUSED = {
 }
 """Types of adapters whose layers do not keep tokens apart, and what they do."""
 
+REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""How the name of an initialisation of LoRA begins that changes the weights below the adapter."""
+
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether there are layers of adapters in ``model``, whoever added them."""
@@ -105,6 +108,11 @@ def check_base(model: nn.Module, teacher: str) -> None:
                 f"{got} whose adapter trains biases of the base model (bias={bias!r}), expected "
                 f"bias='none'; {instead}"
             )
+        if how := _rewriting(config):
+            raise UserError(
+                f"{got} whose adapter has changed the weights of the base model when it was made "
+                f"({how}), expected one that leaves them; {instead}"
+            )
     trained = _trained_of_base(model)
     if trained:
         raise UserError(
@@ -128,6 +136,14 @@ def _acts_outside(config: Any) -> bool:  # noqa: ANN401
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type, nn.Module)
     own = issubclass(tuner, BaseTuner) and tuner.forward is not BaseTuner.forward
     return own and config.peft_type.value != "ADALORA"
+
+
+def _rewriting(config: Any) -> str:  # noqa: ANN401
+    """What has left other weights below an adapter than the base model's; empty if nothing."""
+    how = getattr(config, "init_lora_weights", True)
+    if isinstance(how, str) and how.lower().startswith(REWRITING):
+        return f"init_lora_weights={how!r}"
+    return "kasa_config" if getattr(config, "kasa_config", None) else ""
 
 
 def _trained_of_base(model: nn.Module) -> list[str]:
