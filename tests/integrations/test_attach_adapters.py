@@ -1,5 +1,7 @@
 """Adapters below and on the head: which are right, which are refused, and when they come later."""
 
+import copy
+
 import pytest
 from peft import (
     AdaLoraConfig,
@@ -7,9 +9,11 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from bidistill.errors import UserError
 from bidistill.integrations.attach import attach
+from bidistill.integrations.attached import STATE
 from bidistill_kernels import (
     bidirectional_kl_reference,
 )
@@ -107,3 +111,90 @@ def test_a_head_that_comes_later_is_refused():
     student = with_lora(model, target_modules=["q_proj", "lm_head"])
     with pytest.raises(UserError, match=r"another LM head .* after adapters are added"):
         student(**batch())
+
+
+LATER = {
+    "biases": (
+        LoraConfig(target_modules=["c_attn"], bias="all", fan_in_fan_out=True),
+        "bias='all'",
+    ),
+    "no bases": (
+        LoraConfig(target_modules=["c_attn"], init_lora_weights="pissa", fan_in_fan_out=True),
+        "init_lora_weights='pissa'",
+    ),
+    "alora": (
+        LoraConfig(
+            target_modules=["c_attn"],
+            task_type="CAUSAL_LM",
+            alora_invocation_tokens=[5],
+            fan_in_fan_out=True,
+        ),
+        "an activated LoRA",
+    ),
+}
+"""Adapters that come after `attach`, and what is said of them."""
+
+
+def add_around(model, settings):
+    """Its forward is then called by that of peft, past the hooks of the model."""
+    return get_peft_model(model, settings)
+
+
+def add_within(model, settings):
+    model.add_adapter(settings)
+    return model
+
+
+@pytest.mark.parametrize("add", [add_around, add_within])
+@pytest.mark.parametrize("teacher", ["auto", "live"])
+@pytest.mark.parametrize("kind", LATER)
+def test_adapters_that_come_later_are_checked(kind, teacher, add):
+    """At the first batch; of a teacher that is the model as it is, the base may be trained."""
+    settings, message = copy.deepcopy(LATER[kind])
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=4096, n_embd=32, n_layer=1, n_head=2))
+    student = add(attach(model, teacher=teacher), settings)
+    if teacher == "live" and kind != "alora":
+        assert student(**batch()).loss.isfinite()
+        return
+    for _ in range(2):
+        with pytest.raises(UserError, match=message) as caught:
+            student(**batch())
+        assert "\n" not in str(caught.value)
+
+
+def test_a_base_that_is_trained_beside_later_adapters():
+    """The check is of the batch, not of the moment that they come."""
+    model = attach(tiny_llama())
+    student = with_lora(model)
+    model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(UserError, match=r"trains 1 parameters beside its adapters"):
+        student(**batch())
+    model.model.norm.weight.requires_grad_(False)
+    assert student(**batch()).loss.isfinite()
+
+
+def test_a_second_adapter_on_the_head_is_checked():
+    """Its module stays the same, unlike that of a first one."""
+    student = attach(with_lora(tiny_llama(tied=False), target_modules=["lm_head"]))
+    student.add_adapter("second", LoraConfig(r=2, target_modules=["lm_head"]))
+    assert student(**batch()).loss.isfinite()
+    student.add_adapter("third", LoraConfig(target_modules=["lm_head"], use_dora=True))
+    with pytest.raises(UserError, match="got a Linear as LM head"):
+        student(**batch())
+    student.delete_adapter("third")
+    assert student(**batch()).loss.isfinite()
+
+
+def test_a_copy_checks_its_own_adapters():
+    model = attach(with_lora())
+    other = copy.deepcopy(model)
+    attached = (vars(model)[STATE], vars(other)[STATE])
+    for each, attachment in zip((model, other), attached, strict=True):
+        before = attachment.adapters
+        each(**batch())
+        assert attachment.adapters is before, "the same adapters are not checked again"
+    biased = LoraConfig(target_modules=["q_proj"], bias="all")
+    other.add_adapter("second", biased)
+    with pytest.raises(UserError, match="bias='all'"):
+        other(**batch())
+    assert model(**batch()).loss.isfinite()

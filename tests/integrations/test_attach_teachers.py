@@ -7,11 +7,12 @@ from peft import (
     LoraConfig,
     get_peft_model,
 )
+from peft.tuners.lora import KasaConfig
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bidistill.errors import UserError
 from bidistill.integrations.attach import attach
-from bidistill.models import own_rows
+from bidistill.models import adapters_off, own_rows
 from bidistill_kernels import (
     bidirectional_kl_reference,
 )
@@ -27,6 +28,7 @@ from tests.integrations.eager import (
 from tests.support import Wide
 
 pytestmark = PEFT_WARNINGS
+IDS = torch.arange(2, 14)[None]
 
 
 def test_a_teacher_with_a_padded_head():
@@ -105,3 +107,36 @@ def test_refuses_a_base_below_adapters_that_are_no_layers(teacher):
     model = get_peft_model(tiny_llama(), settings)
     with pytest.raises(UserError, match=r"of ADAPTION_PROMPT, which are no layers.*'live'"):
         attach(model, teacher=teacher)
+
+
+@pytest.mark.parametrize(
+    ("settings", "how"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+        ({"kasa_config": KasaConfig()}, "kasa_config"),
+    ],
+    ids=str,
+)
+def test_refuses_a_base_that_adapters_have_rewritten(settings, how):
+    """With them off, the model is neither the base nor what it was a moment ago."""
+    base = tiny_llama()
+    expected = base(input_ids=IDS).logits
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], **settings))
+    with adapters_off(model):
+        assert (model(input_ids=IDS).logits - expected).abs().max() > 1e-3
+    for teacher in ("auto", "base"):
+        with pytest.raises(UserError, match=rf"changed the weights .*\({how}\).*'live'"):
+            attach(model, teacher=teacher)
+    attach(model, teacher="live")
+
+
+@pytest.mark.parametrize("how", [True, False, "gaussian", "orthogonal", "mica"])
+def test_other_initialisations_leave_the_base(how):
+    base = tiny_llama()
+    expected = base(input_ids=IDS).logits
+    settings = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=how)
+    model = attach(get_peft_model(base, settings), teacher="base")
+    with adapters_off(model):
+        assert torch.equal(model(input_ids=IDS).logits, expected)
