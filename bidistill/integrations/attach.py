@@ -87,7 +87,8 @@ def attach(
 
     Raises:
         UserError: a model, loss, teacher or option that cannot be used, or something is attached
-            already. The forward, once attached, raises it for a batch that lacks a teacher's part.
+            already. The forward, once attached, raises it for a batch that lacks a teacher's part,
+            and where adapters that cannot be used have been added since.
 
     Early check: each model is called a few times, on 16 random tokens. Its logits are compared with
     those of the way that the loss takes (backbone, head, scale, soft-cap, bias, vocabulary limit),
