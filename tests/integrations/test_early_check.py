@@ -34,6 +34,8 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+SPILT = 0.3
+"""Share of the mean: more than rounds away, less than a quarter of what earlier tokens do."""
 KEYS = {"num_key_value_heads": 1, "head_dim": 16}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 TWO_WAYS = {
@@ -92,6 +94,20 @@ def test_reading_ahead_shows_in_16_bits():
     model = make(BertGenerationConfig(**SIZES, is_decoder=False)).bfloat16()
     with pytest.raises(UserError, match="that come later"):
         attach(model)
+
+
+def rounded_elsewhere(norm, args, hidden):
+    """As if later tokens had sent this one to another expert: a little of their mean."""
+    return hidden + SPILT * hidden.mean(1, keepdim=True)
+
+
+def test_a_rounding_is_no_reading_ahead():
+    """In 16 bits it may come to several percent; in 32 that would be no rounding."""
+    model = tiny_llama()
+    model.model.norm.register_forward_hook(rounded_elsewhere)
+    with pytest.raises(UserError, match="that come later"):
+        attach(model)
+    attach(model.bfloat16())
 
 
 def other_tokens(model, args, kwargs):
