@@ -381,7 +381,7 @@ def _verify_transform(model: nn.Module, transform: LogitTransform, name: str) ->
     seen: dict[str, Tensor] = {}
 
     def backbone_hook(_: nn.Module, __: object, output: ModelOutput) -> None:
-        seen["hidden"] = output["last_hidden_state"]
+        seen["hidden"] = output.get("last_hidden_state", tokens)
 
     def head_hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         seen["input"], seen["output"] = inputs[0], output

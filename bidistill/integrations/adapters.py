@@ -2,11 +2,20 @@
 
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from bidistill.errors import UserError
+
+REFUSED = {
+    "LILY": "mixes by the mean over all tokens of a batch, later ones and padding included",
+}
+"""Types of adapters whose layers do not keep tokens apart, and what they do."""
+
+REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""How the name of an initialisation of LoRA begins that changes the weights below the adapter."""
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -24,11 +33,22 @@ def check_adapters(model: nn.Module, name: str) -> None:
     Raises:
         UserError: one line that says which.
     """
-    for config in _configs(model):
+    for config in configs_of(model):
         if config.is_prompt_learning:
             raise UserError(
                 f"{name}: got an adapter of {config.peft_type.value}, whose virtual tokens are "
                 "added outside of the model, expected one of layers; use LoRA"
+            )
+        kind = config.peft_type.value
+        if kind in REFUSED:
+            raise UserError(
+                f"{name}: got an adapter of {kind}, which {REFUSED[kind]}, expected one that acts "
+                "on each token; use LoRA"
+            )
+        if _acts_outside(config):
+            raise UserError(
+                f"{name}: got an adapter of {kind}, a part of which runs around "
+                "the model and not in its layers, expected one of layers alone; use LoRA"
             )
         if getattr(config, "alora_invocation_tokens", None):
             raise UserError(
@@ -48,7 +68,7 @@ def check_regularisers(model: nn.Module) -> None:
     Raises:
         UserError: AdaLoRA with its regulariser.
     """
-    for config in _configs(model):
+    for config in configs_of(model):
         if weight := getattr(config, "orth_reg_weight", 0):
             raise UserError(
                 f"model: got an {config.peft_type.value} adapter with orth_reg_weight={weight}, "
@@ -68,7 +88,7 @@ def check_base(model: nn.Module, teacher: str) -> None:
     """
     got = f"teacher: got {teacher!r} for a model"
     instead = "pass teacher='live', or another model"
-    configs = _configs(model)
+    configs = configs_of(model)
     if configs and not has_adapters(model):
         kinds = ", ".join(config.peft_type.value for config in configs)
         raise UserError(
@@ -88,6 +108,11 @@ def check_base(model: nn.Module, teacher: str) -> None:
                 f"{got} whose adapter trains biases of the base model (bias={bias!r}), expected "
                 f"bias='none'; {instead}"
             )
+        if how := _rewriting(config):
+            raise UserError(
+                f"{got} whose adapter has changed the weights of the base model when it was made "
+                f"({how}), expected one that leaves them; {instead}"
+            )
     trained = _trained_of_base(model)
     if trained:
         raise UserError(
@@ -96,10 +121,29 @@ def check_base(model: nn.Module, teacher: str) -> None:
         )
 
 
-def _configs(model: nn.Module) -> list[Any]:
-    """What peft was asked for, one for each adapter."""
+def configs_of(model: nn.Module) -> list[Any]:
+    """What peft was asked for, one for each adapter; on ``model`` or on what is around it."""
     found: Any = getattr(model, "peft_config", None) or {}
     return list(found.values())
+
+
+def _acts_outside(config: Any) -> bool:  # noqa: ANN401
+    """Whether such an adapter has a forward of its own around the model's: X-LoRA, Poly, Shadow.
+
+    Fresh ones may change nothing yet, so that no number would tell. That of AdaLoRA adds a
+    regulariser alone: see `check_regularisers`.
+    """
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type, nn.Module)
+    own = issubclass(tuner, BaseTuner) and tuner.forward is not BaseTuner.forward
+    return own and config.peft_type.value != "ADALORA"
+
+
+def _rewriting(config: Any) -> str:  # noqa: ANN401
+    """What has left other weights below an adapter than the base model's; empty if nothing."""
+    how = getattr(config, "init_lora_weights", True)
+    if isinstance(how, str) and how.lower().startswith(REWRITING):
+        return f"init_lora_weights={how!r}"
+    return "kasa_config" if getattr(config, "kasa_config", None) else ""
 
 
 def _trained_of_base(model: nn.Module) -> list[str]:

@@ -13,7 +13,6 @@ Legend: B pairs, T tokens of the longest, S tokens of the longest that the teach
 """
 
 import functools
-import inspect
 import types
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,25 +22,28 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bidistill.errors import UserError
-from bidistill.integrations.adapters import check_regularisers
-from bidistill.integrations.attached import DISPATCH, Attachment, Kind, distil
+from bidistill.integrations.adapters import check_regularisers, configs_of
+from bidistill.integrations.attached import (
+    DISPATCH,
+    STATE,
+    Attachment,
+    Kind,
+    distil,
+    reads_positions,
+)
+from bidistill.integrations.early_check import checked_transform
 from bidistill.integrations.forward_guard import OURS, refuse_lost_forward
 from bidistill.integrations.supported import check_loss, check_model, check_padding, check_teacher
 from bidistill.losses import find
 from bidistill.models import (
     attach_distill_step,
     attach_head,
-    backbone,
-    read_logit_transform,
     runs_losses,
     unwrapped,
-    without_dropout,
 )
 from bidistill_kernels import LogitTransform
 
 Model = TypeVar("Model", bound=nn.Module)
-STATE = "bidistill_attachment"
-"""The attribute of a model that says what is attached to it."""
 COUNTS = "accepts_loss_kwargs"
 """The attribute by which a class of transformers has the Trainer keep ``num_items_in_batch``."""
 
@@ -85,10 +87,12 @@ def attach(
 
     Raises:
         UserError: a model, loss, teacher or option that cannot be used, or something is attached
-            already. The forward, once attached, raises it for a batch that lacks a teacher's part.
+            already. The forward, once attached, raises it for a batch that lacks a teacher's part,
+            and where adapters that cannot be used have been added since.
 
-    Early check: the model is called once, on 16 random tokens, and its logits are compared with
-    what the fused loss would make of its head (scale, soft-cap, bias, vocabulary limit).
+    Early check: each model is called a few times, on 16 random tokens. Its logits are compared with
+    those of the way that the loss takes (backbone, head, scale, soft-cap, bias, vocabulary limit),
+    and those of the first tokens with what they are before other tokens.
     """
     base = unwrapped(model)
     if STATE in vars(model) or STATE in vars(base):
@@ -111,12 +115,13 @@ def attach(
         teacher=kind,
         teacher_transform=teacher_transform,
         chunk_bytes=chunk_bytes,
-        takes_positions=_takes_positions(model),
-        teacher_takes_positions=_takes_positions(reads),
+        takes_positions=reads_positions(model),
+        teacher_takes_positions=reads_positions(reads),
         before=vars(model).get("forward"),
         takes_count=getattr(base, COUNTS, True) is not False,
         said_of_count=vars(base).get(COUNTS),
         head=None if runs_losses(head) else head,
+        adapters=configs_of(model),
         hooks=[
             each.register_forward_pre_hook(refuse_lost_forward, with_kwargs=True)
             for each in dict.fromkeys((model, base))  # the same but for a PeftModel
@@ -218,10 +223,8 @@ def _transforms(
 
     Models of one tokenizer may pad their heads to different sizes: both are cut to the smaller.
     """
-    found = list[LogitTransform]()
-    for name, each in (("model", model), ("teacher", teacher)):
-        with without_dropout(each):
-            found.append(read_logit_transform(each, name))
+    found = [checked_transform(model, "model")]
+    found.append(found[0] if teacher is model else checked_transform(teacher, "teacher"))
     rows = [each.get_output_embeddings().weight.shape[0] for each in (model, teacher)]  # type: ignore
     sizes = [min(t.vocab_limit or size, size) for t, size in zip(found, rows, strict=True)]
     if sizes[0] != sizes[1]:
@@ -232,8 +235,3 @@ def _transforms(
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from None
     return own, theirs
-
-
-def _takes_positions(model: nn.Module) -> bool:
-    """Whether the model without its head can be told the position of each token."""
-    return "position_ids" in inspect.signature(backbone(model).forward).parameters

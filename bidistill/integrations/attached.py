@@ -4,6 +4,7 @@ Legend: B pairs, T tokens of the longest, S tokens of the longest that the teach
 """
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,14 +14,17 @@ from torch.utils.hooks import RemovableHandle
 
 from bidistill.data.padded import IGNORED, Padded, positions_of, shifted
 from bidistill.errors import UserError
-from bidistill.integrations.adapters import has_adapters
+from bidistill.integrations.adapters import configs_of, has_adapters
+from bidistill.integrations.supported import check_adapted
 from bidistill.loss_calls import Rows, Side, run
 from bidistill.losses import Loss
-from bidistill.models import compute_device, distill_step, own_rows, runs_losses
+from bidistill.models import backbone, compute_device, distill_step, own_rows, runs_losses
 from bidistill.teacher.rows import TeacherRows
 from bidistill_kernels import LogitTransform
 
 Kind = Literal["auto", "base", "live"]
+STATE = "bidistill_attachment"
+"""The attribute of a model that says what is attached to it."""
 PREFIX = "teacher_"
 DISPATCH = "teacher_input_ids"
 """The keyword that asks for the fused loss."""
@@ -50,6 +54,8 @@ class Attachment:
     """What the instance had said of that; None if nothing."""
     head: nn.Module | None
     """The LM head whose forward was replaced; None if it could run losses already."""
+    adapters: list[Any]
+    """The configurations of its adapters, when they were last found to be right."""
     hooks: list[RemovableHandle]
     """Of the model, and of what is in it if it is a PeftModel."""
 
@@ -70,7 +76,7 @@ class Attachment:
 def distil(
     model: nn.Module,
     attachment: Attachment,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     *,
     num_items_in_batch: float | Tensor | None = None,
@@ -97,12 +103,17 @@ def distil(
         UserError: a part of the batch is missing, or the model is not what it was.
         RuntimeError: the answers of student and teacher differ.
     """
+    if input_ids is None or kwargs.get("past_key_values") is not None:
+        raise UserError(
+            f"input_ids: got none, or past_key_values, beside {DISPATCH}, expected whole sequences "
+            "of token ids; add no adapter of virtual tokens to an attached model, use LoRA"
+        )
     own = {name: kwargs[name] for name in kwargs if not name.startswith(PREFIX)}
     own |= {"input_ids": input_ids, "attention_mask": attention_mask}
     theirs = {n.removeprefix(PREFIX): kwargs[n] for n in kwargs if n.startswith(PREFIX)}
     width = min(input_ids.shape[1], theirs["input_ids"].shape[1])
-    student = _padded(own, "", width, attachment.takes_positions)
-    teacher = _padded(theirs, PREFIX, width, attachment.teacher_takes_positions)
+    student = with_targets(own, "", width, attachment.takes_positions)
+    teacher = with_targets(theirs, PREFIX, width, attachment.teacher_takes_positions)
     torch._assert_async(  # type: ignore
         (student.target == teacher.target).all(),
         "teacher_labels: got other answer tokens than in labels, expected the same in their order; "
@@ -113,6 +124,7 @@ def distil(
             "model: got another LM head than it was attached with, expected the same; call "
             "detach(model) and attach(model) after adapters are added or the vocabulary is resized"
         )
+    _check_new_adapters(model)
     total = distill_step(
         model,
         student,
@@ -126,8 +138,33 @@ def distil(
     return total / max(num_items_in_batch, 1)
 
 
-def _padded(inputs: dict[str, Any], prefix: str, width: int, takes_positions: bool) -> Padded:
-    """Inputs of a backbone, and the targets of its positions."""
+@torch.compiler.assume_constant_result  # whose adapters change is compiled anew
+def _check_new_adapters(model: nn.Module) -> None:
+    """Check adapters as `attach` would, if they are others than it has seen."""
+    attachment: Attachment = vars(model)[STATE]
+    found = configs_of(model)
+    if list(map(id, found)) != list(map(id, attachment.adapters)):
+        check_adapted(model, attachment.teacher)
+        attachment.adapters = found
+
+
+def reads_positions(model: nn.Module) -> bool:
+    """Whether the model without its head can be told the position of each token."""
+    return "position_ids" in inspect.signature(backbone(model).forward).parameters
+
+
+def with_targets(inputs: dict[str, Any], prefix: str, width: int, takes_positions: bool) -> Padded:
+    """What a backbone reads, and the targets of its positions.
+
+    Args:
+        inputs: ``input_ids``, ``labels`` or ``shift_labels``, and what else there is; (B, T) each.
+        prefix: of these names, for the message.
+        width: rows of each sequence.
+        takes_positions: what `reads_positions` says of the model.
+
+    Raises:
+        UserError: there are no labels.
+    """
     inputs = dict(inputs)
     labels, target = inputs.pop("labels", None), inputs.pop("shift_labels", None)
     if target is None:

@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from bidistill.errors import UserError
-from bidistill.integrations.adapters import check_adapters, check_base
+from bidistill.integrations.adapters import check_adapters, check_base, check_regularisers
 from bidistill.loss_names import checked
 from bidistill.losses import LOSSES, find
 from bidistill.models import runs_losses, unwrapped
@@ -21,6 +22,9 @@ KINDS = ("auto", "base", "live")
 LARGEST_PADDING, LARGEST_SHARE = 1024, 0.05
 """Rows that one LM head may have beyond another, and their share of the larger. Padding fills up a
 multiple of 1024 at most: 128 rows for each of 8 tensor-parallel ranks."""
+
+WEIGHTS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Data types of an LM head's weight."""
 
 REFUSED = {
     "chameleon": "masks the logits of its image tokens",
@@ -62,6 +66,23 @@ def check_model(model: nn.Module, name: str) -> None:
     _check_head(base.get_output_embeddings(), name)  # type: ignore
 
 
+def check_adapted(model: nn.Module, teacher: object) -> None:
+    """Refuse what adapters that came since it was attached have made of a student.
+
+    Args:
+        model: the student.
+        teacher: one of `KINDS`, or a model.
+
+    Raises:
+        UserError: one line that says what is wrong with them.
+    """
+    check_adapters(model, "model")
+    check_regularisers(model)
+    _check_head(model.get_output_embeddings(), "model")  # type: ignore
+    if isinstance(teacher, str) and teacher != "live":
+        check_base(model, teacher)
+
+
 def _unfit(name: str, base: PreTrainedModel, why: str) -> UserError:
     return UserError(
         f"{name}: got a {type(base).__name__}, which {why}, expected a causal language model whose "
@@ -78,10 +99,11 @@ def _check_head(head: nn.Module, name: str) -> None:
         plain = not head.lora_variant and not any(head.lora_bias.values())
         parts = [head.get_base_layer()] if plain else [head]
     for part in parts:
-        if not isinstance(part, nn.Linear) or not part.weight.is_floating_point():
+        # those of 8 bits are floating-point numbers too, and nothing without their scales
+        if not isinstance(part, nn.Linear) or part.weight.dtype not in WEIGHTS:
             raise UserError(
                 f"{name}: got a {type(head).__name__} as LM head, expected a linear layer of "
-                "floating-point weights, with a plain LoRA or without; leave it out of "
+                "weights that are not quantised, with a plain LoRA or without; leave it out of "
                 "quantisation and of other adapters"
             )
     if "forward" in vars(head) and not runs_losses(head):
