@@ -52,14 +52,14 @@ def checked_transform(model: nn.Module, name: str) -> LogitTransform:
     """
     with without_dropout(model), _running_losses(model):
         transform = read_logit_transform(model, name)
-        limit = unwrapped(model).config.get_text_config().vocab_size
+        ids = unwrapped(model).config.get_text_config().vocab_size
         generator = torch.Generator().manual_seed(1)
-        drawn = torch.randint(limit, (2, TOKENS), generator=generator).to(compute_device(model))
+        drawn = torch.randint(ids, (2, TOKENS), generator=generator).to(compute_device(model))
         half, tokens = TOKENS // 2, drawn[:1]
         ends = torch.cat((drawn[:1, :half], drawn[1:, half:]), 1)
         begins = torch.cat((drawn[1:, :half], drawn[:1, half:]), 1)
         # before the model's own forward, so that there is nothing of these tokens to be found
-        ours, ended, begun = (_logits(model, transform, ids) for ids in (tokens, ends, begins))
+        ours, ended, begun = (_logits(model, transform, each) for each in (tokens, ends, begins))
         own = model(input_ids=tokens, use_cache=False).logits[0]
     kind = unwrapped(model).config.model_type
     largest = own.abs().max().item()
