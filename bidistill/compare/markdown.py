@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from bidistill import markdown
 from bidistill.compare.estimate import Estimate
 from bidistill.compare.measures import AXES, MEASURES, Measure
 from bidistill.compare.recipe import CompareConfig
@@ -53,7 +54,7 @@ def table(
         parts += [
             "## Attacks",
             "Share of what was to be forgotten that an attack brings out, by any of its attempts.",
-            _lines(
+            markdown.table(
                 ["method", *names],
                 [[row.name, *(text_of(row.attacks.get(name)) for name in names)] for row in rows],
             ),
@@ -101,7 +102,7 @@ def heading(measure: Measure, rows: Sequence[Row]) -> str:
 def _rates(rows: Sequence[Row], shown: Sequence[Measure]) -> str:
     head = ["method", *(heading(measure, rows) for measure in shown)]
     body = [[row.name, *(text_of(row.estimates[m.key]) for m in shown)] for row in rows]
-    return _lines(head, body)
+    return markdown.table(head, body)
 
 
 def _seeds(rows: Sequence[Row], shown: Sequence[Measure]) -> list[str]:
@@ -114,7 +115,7 @@ def _seeds(rows: Sequence[Row], shown: Sequence[Measure]) -> list[str]:
 
     head = ["method", *(measure.title for measure in shown)]
     body = [[r.name, *(seeds(r.estimates[m.key]) for m in shown)] for r in rows]
-    return ["## Each seed", _lines(head, body)]
+    return ["## Each seed", markdown.table(head, body)]
 
 
 def _axes(rows: Sequence[Row]) -> str:
@@ -122,7 +123,7 @@ def _axes(rows: Sequence[Row]) -> str:
     for row in rows:
         values = row.axes(rows[0]).values()
         body.append([row.name, *(NOTHING if v is None else f"{v:.2f}" for v in values)])
-    return _lines(["method", *AXES], body)
+    return markdown.table(["method", *AXES], body)
 
 
 def costs(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -139,7 +140,7 @@ def costs(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 def _costs(rows: Sequence[Row]) -> str:
     head, body = costs(rows)
     named = [[row.name, *numbers] for row, numbers in zip(rows, body, strict=True)]
-    return _lines(["method", *head], named)
+    return markdown.table(["method", *head], named)
 
 
 def _gradients(rows: Sequence[Row]) -> str:
@@ -155,9 +156,4 @@ def _gradients(rows: Sequence[Row]) -> str:
     for name, angles in found.items():
         means = [number(angles["pairs"].get(pair), "mean") for pair in pairs]
         body.append([name, *means, number(angles["overall"], "share").lstrip("+")])
-    return _lines(["method", *pairs, "below zero"], body) if body else ""
-
-
-def _lines(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] * len(head)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *body))
+    return markdown.table(["method", *pairs, "below zero"], body) if body else ""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from bidistill.diagnose.report import table
+from bidistill.markdown import table
 
 NOTES = """\
 **How to read it.** The gradients are those of the roles' losses as they enter the loss of a step:
@@ -58,13 +58,15 @@ def markdown(result: Mapping[str, Any], plot: str) -> str:
         f"![{alt_text(result)}]({plot})",
         "",
         "## Cosines of gradients",
-        *table(
+        "",
+        table(
             ["roles", "measured", "negative", "share", "mean", "lowest", "highest"],
             [_pair_row(name, pair) for name, pair in result["pairs"].items()],
         ),
         "",
         "## Transfer: mean change, and its range",
-        *_transfer_table(result["transfer"]),
+        "",
+        _transfer_table(result["transfer"]),
         "",
         NOTES,
     ]
@@ -95,7 +97,7 @@ def _pair_row(name: str, pair: Mapping[str, Any]) -> list[str]:
     return [name, str(pair["measured"]), str(pair["negative"]), share, *numbers]
 
 
-def _transfer_table(transfer: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+def _transfer_table(transfer: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """A row for each role that a step was taken for."""
     rows = []
     for one, row in transfer.items():

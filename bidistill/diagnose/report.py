@@ -1,10 +1,11 @@
 """The domain report in words: a verdict on the claim, and tables for people."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
 from bidistill.diagnose.gap import MEASURES, Comparison, Estimate, Gap
+from bidistill.markdown import table
 
 FORMS = {
     "before": "raw text",
@@ -87,10 +88,10 @@ def markdown(result: Mapping[str, Any], comparisons: Mapping[str, Comparison], p
         lines += [f"**{result['verdict']['sentence']}**", "", f"![gap between roles]({plot})", ""]
     lines += chain.from_iterable((remark, "") for remark in result["remarks"])
     if comparisons:
-        lines += ["## Gap between roles", *_gap_table(comparisons), "", NOTES, ""]
-        lines += ["## Change of the gap", *_change_table(comparisons), ""]
-    lines += ["## Texts", *_text_table(result["text"])]
-    lines += ["", "## Lengths", *_length_table(result["text"])]
+        lines += ["## Gap between roles", "", _gap_table(comparisons), "", NOTES, ""]
+        lines += ["## Change of the gap", "", _change_table(comparisons), ""]
+    lines += ["## Texts", "", _text_table(result["text"])]
+    lines += ["", "## Lengths", "", _length_table(result["text"])]
     return "\n".join(lines) + "\n"
 
 
@@ -108,7 +109,7 @@ def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{n} {words[name]}" for name, n in counts.items())
 
 
-def _gap_table(comparisons: Mapping[str, Comparison]) -> list[str]:
+def _gap_table(comparisons: Mapping[str, Comparison]) -> str:
     """A row for each pair and form."""
     rows = []
     for pair, comparison in comparisons.items():
@@ -118,7 +119,7 @@ def _gap_table(comparisons: Mapping[str, Comparison]) -> list[str]:
     return table(["roles", "form", *map(_title, MEASURES), "p of MMD²"], rows)
 
 
-def _change_table(comparisons: Mapping[str, Comparison]) -> list[str]:
+def _change_table(comparisons: Mapping[str, Comparison]) -> str:
     """A row for each pair and two forms; what is certain is bold."""
     rows = []
     for pair, comparison in comparisons.items():
@@ -129,11 +130,11 @@ def _change_table(comparisons: Mapping[str, Comparison]) -> list[str]:
             ]
             rows.append([pair, f"{FORMS[old]} → {FORMS[new]}", *cells])
     if not rows:
-        return ["", "Every pair was measured in one form only."]
+        return "Every pair was measured in one form only."
     return table(["roles", "from → to", *map(_title, MEASURES)], rows)
 
 
-def _text_table(text: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _text_table(text: Mapping[str, Mapping[str, Any]]) -> str:
     """A row for each role and side."""
     rows = []
     for form, roles in text.items():
@@ -154,7 +155,7 @@ def _text_table(text: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return table([*head, "words not in forget", "distinct words not in forget"], rows)
 
 
-def _length_table(text: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _length_table(text: Mapping[str, Mapping[str, Any]]) -> str:
     """A row for each role, side, field and unit."""
     cuts = ["n", "mean", "min", "q5", "q25", "q50", "q75", "q95", "max"]
     rows = [
@@ -164,12 +165,6 @@ def _length_table(text: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for name, length in counted["lengths"].items()
     ]
     return table(["role", "form", "field", *cuts], rows)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table, the first one empty."""
-    lines = [head, ["---"] * len(head), *rows]
-    return ["", *("| " + " | ".join(line) + " |" for line in lines)]
 
 
 def _title(measure: str) -> str:

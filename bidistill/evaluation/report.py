@@ -1,6 +1,5 @@
 """The report of a run: one HTML file that needs nothing else, and a Markdown table."""
 
-import html
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from bidistill.evaluation.axes import AXES, Axis
 from bidistill.evaluation.figures import depth_bars, loss_curves, whisker
 from bidistill.evaluation.pages import NBSP, html_page, percent, tagged
 from bidistill.files import write_text
+from bidistill.markdown import escaped, table
 
 GROUP_TITLES = {
     "forget": "To forget, asked plainly",
@@ -164,45 +164,42 @@ def _groups(before: list[dict], after: list[dict]) -> list[dict[str, Any]]:
 def _markdown(content: dict[str, Any], loss: dict[str, Any] | None) -> str:
     """The same in short, for a pull request or a README."""
     head = content["verdict"]
-    mark = {True: "yes", False: "**no**", None: ""}
     lines = [
         f"**{head['title']}.** {head['detail']}",
         "",
-        "| axis | good | before | n | after | n | 95 % interval after | goal | met |",
-        "|---|---|---|---|---|---|---|---|---|",
+        _axes(content["rows"]),
     ]
-    for row in content["rows"]:
-        old, new = row["before"], row["after"]
-        lines.append(
-            f"| {row['title']} | {row['arrow']} | {old['text']} | {old['n']} | {new['text']} "
-            f"| {new['n']} | {new['interval_text']} | {row['goal_text']} | {mark[row['met']]} |"
-        )
     if loss:
-        lines += ["", "| objective | first loss | last loss |", "|---|---|---|"]
-        lines += [f"| {c['name']} | {c['first']:.3g} | {c['last']:.3g} |" for c in loss["curves"]]
-    lines += ["", "| run | |", "|---|---|"]
-    lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in content["facts"]]
+        curves = [[c["name"], f"{c['first']:.3g}", f"{c['last']:.3g}"] for c in loss["curves"]]
+        lines += ["", table(["objective", "first loss", "last loss"], curves)]
+    lines += ["", table(["run", ""], [list(map(escaped, fact)) for fact in content["facts"]])]
     for group in content["groups"]:
         lines += _markdown_group(group)
     return "\n".join(lines) + "\n"
+
+
+def _axes(rows: Sequence[dict[str, Any]]) -> str:
+    """A row for each axis."""
+    head = "axis", "good", "before", "n", "after", "n", "95 % interval after", "goal", "met"
+    mark = {True: "yes", False: "**no**", None: ""}
+    body = []
+    for row in rows:
+        counted = [str(row[when][key]) for when in ("before", "after") for key in ("text", "n")]
+        judged = row["after"]["interval_text"], row["goal_text"], mark[row["met"]]
+        body.append([row["title"], row["arrow"], *counted, *judged])
+    return table(head, body)
 
 
 def _markdown_group(group: dict[str, Any], most: int = 12) -> list[str]:
     """The first replies of a group; the page has them all."""
     shown = min(most, len(group["pairs"]))
     lines = ["", f"### {group['title']} (first {shown} of {len(group['pairs'])})", ""]
-    lines += ["| question | before | after |", "|---|---|---|"]
+    rows = []
     for pair in group["pairs"][:most]:
         asked = pair["question"] + (f" → {pair['prefill']}" if pair["prefill"] else "")
-        cells = (asked, pair["before"]["text"], pair["after"]["text"])
-        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
-    return lines
-
-
-def _cell(text: str) -> str:
-    """Any text in a Markdown table, shown as it is."""
-    escaped = html.escape(" ".join(text.split()), quote=False)
-    return "".join(f"\\{char}" if char in "\\|`*_[]~" else char for char in escaped)
+        cells = asked, pair["before"]["text"], pair["after"]["text"]
+        rows.append(list(map(escaped, cells)))
+    return [*lines, table(["question", "before", "after"], rows)]
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:
