@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-from html.parser import HTMLParser
 
 import pytest
 
@@ -13,38 +12,9 @@ from bidistill.evaluation.figures import depth_bars, loss_curves
 from bidistill.evaluation.report import percent, render
 from tests.browser import measured
 from tests.evaluation.invented import HOSTILE, write_run
+from tests.html_page import Page
 
-VOID = {"meta", "input", "br"}
 METRICS = ("before", "after")
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, the text outside scripts and styles, and whether all close."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.words, self.stack = [], [], []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.stack.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.stack.pop() == tag, f"</{tag}> closes another tag"
-
-    def handle_data(self, data):
-        if not {"script", "style"} & set(self.stack):
-            self.words.append(data)
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.words).split())
 
 
 @pytest.fixture
