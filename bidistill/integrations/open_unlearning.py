@@ -128,11 +128,17 @@ class ContextDistillation:
         return {name: tensor.to(device) for name, tensor in self.collate(pairs).items()}
 
     def _pair(self, ids: list[int], mask: list[int], labels: list[int], context: list[int]) -> Pair:
-        """One sequence, cut where its answer begins."""
-        real = [(i, label) for i, m, label in zip(ids, mask, labels, strict=True) if m]
-        tokens = [i for i, _ in real]
-        start = next((n for n, (_, label) in enumerate(real) if label != IGNORED), len(real))
-        if [label for _, label in real[start:]] != tokens[start:]:
+        """One sequence without its padding, cut where its answer begins.
+
+        Masks are made of ``ids != pad_token_id``, and the padding token is often that which ends
+        a turn or a text: so within a sequence, and where a label counts, the mask says nothing.
+        """
+        pairs = zip(mask, labels, strict=True)
+        real = [n for n, (seen, label) in enumerate(pairs) if seen or label != IGNORED] or [0]
+        begin, end = real[0], real[-1] + 1
+        tokens, labels = ids[begin:end], labels[begin:end]
+        start = next((n for n, label in enumerate(labels) if label != IGNORED), len(labels))
+        if labels[start:] != tokens[start:]:
             raise UserError(
                 "labels: got ones that are not the last tokens of their sequence, expected "
                 f"{IGNORED} before the answer and its tokens from there on; train on one answer"

@@ -2,7 +2,8 @@
 
 Written from the description of its interface: a registry by class name; ``load_trainer``, which
 passes everything by keyword and ``method_args`` with it; trainers that are `transformers.Trainer`s
-with evaluators; and data sets of ``forget`` and ``retain``, collated by nesting.
+with evaluators; data sets of ``forget`` and ``retain``, collated by nesting; and masks made of the
+ids, wherever these are not the padding token, which may be that which ends a text.
 """
 
 from typing import Any
@@ -62,8 +63,7 @@ class Collator:
             return pad_sequence(sequences, True, value, padding_side=self.side)
 
         ids, labels = pad("input_ids", self.padding), pad("labels", -100)
-        mask = pad("attention_mask", 0)
-        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+        return {"input_ids": ids, "labels": labels, "attention_mask": ids.ne(self.padding)}
 
 
 def item(prompt: list[int], answer: list[int]) -> dict[str, torch.Tensor]:

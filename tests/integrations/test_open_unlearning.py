@@ -24,7 +24,7 @@ from tests.trainer.cut import double
 from tests.trainer.tiny import make_tokenizer
 
 PAGE = Path(__file__).parents[2] / "docs/integrations/open-unlearning.md"
-BEGIN = 0
+BEGIN, END = 0, 1
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,10 +48,15 @@ def config():
 
 
 def sequences(begin=True):
-    """Forget and retain pairs; the prompts begin with the token that says so, or do not."""
+    """Forget and retain pairs; the prompts begin with the token that says so, or do not.
+
+    Turns end with the token that pads, too.
+    """
     pairs = make_pairs()
     for pair in pairs:
-        pair["prompt_ids"] = [BEGIN] * begin + pair["prompt_ids"]
+        prompt = pair["prompt_ids"]
+        pair["prompt_ids"] = [BEGIN] * begin + prompt[:2] + [END] + prompt[2:]
+        pair["answer_ids"] += [END]
     return pairs[:4], pairs[4:]
 
 
@@ -170,7 +175,7 @@ def test_sequences_without_an_answer_are_left_out(config, tmp_path):
 def test_refuses(config, tmp_path):
     data = dataset()
     labels = data[0]["forget"]["labels"]
-    labels[-1] = -100
+    labels[-2] = -100
     with pytest.raises(UserError, match="labels: got ones that are not the last tokens"):
         loss_of(trainer_of(config, tmp_path, data=data))
     silent = config | {"method_args": config["method_args"] | {"context": " "}}
