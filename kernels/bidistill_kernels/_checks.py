@@ -14,18 +14,19 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Side(NamedTuple):
-    """One model's tensors as the caller passed them; `weight` None: `hidden` is logits."""
+    """One model's tensors as the caller passed them; `weight` None: `hidden` is what is `given`."""
 
     name: str  # "student" or "teacher"
     hidden: Tensor
     weight: Tensor | None
     bias: Tensor | None
     transform: LogitTransform
+    given: str = "logits"  # or "probs"
 
     @property
     def rows_name(self) -> str:
         """Name of the argument that has a row per token."""
-        return f"{self.name}_{'logits' if self.weight is None else 'hidden'}"
+        return f"{self.name}_{self.given if self.weight is None else 'hidden'}"
 
     @property
     def vocab(self) -> int:

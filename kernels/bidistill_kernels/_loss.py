@@ -140,7 +140,9 @@ def fused_loss(
         stored = teacher
     elif teacher is not None:
         tutor = _side("teacher", teacher, teacher_bias, teacher_transform)
-    if tutor is None or (tutor.weight is None and pupil.weight is not None):
+        if tutor.weight is None and pupil.weight is not None:  # beside a head
+            tutor = tutor._replace(given="probs")
+    if tutor is None or tutor.given == "probs":
         _refuse_teacher_options(teacher_bias, teacher_transform)
     part = None
     if vocab_parallel is not None:

@@ -221,7 +221,7 @@ def topk_log_probs(
     side = Side("teacher", teacher_hidden, teacher_weight, teacher_bias, transform)
     check_weight("teacher", teacher_weight)
     check_side(side, teacher_hidden)
-    _, hidden, weight, bias, transform = as_autocast(side)
+    _, hidden, weight, bias, transform, _ = as_autocast(side)
     backend_name, chunk_bytes = settings(hidden, backend, chunk_bytes)
     settings_ = transform.pack(), backend_name, chunk_bytes
     return TopK(*_ops.top_log_probs(hidden.detach(), weight, bias, min(k, side.vocab), *settings_))

@@ -98,9 +98,7 @@ def take_part(
     if not isinstance(parallel, VocabParallel):
         got = type(parallel).__name__
         raise TypeError(f"vocab_parallel: got {got}, expected a VocabParallel")
-    # probabilities that are given come beside a head, and have none
-    given = student.weight is not None and teacher is not None and teacher.weight is None
-    if given or not ROW_LOSSES[loss].dense:
+    if (teacher is not None and teacher.given == "probs") or not ROW_LOSSES[loss].dense:
         raise ValueError(
             "vocab_parallel: got one with a loss of chosen ids or of given probabilities, expected "
             "None; gather the head's rows, or take bidirectional KL, JSD or cross-entropy"
