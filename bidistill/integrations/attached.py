@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bidistill.data.padded import IGNORED, Padded, positions_of, shifted
 from bidistill.errors import UserError
-from bidistill.integrations.adapters import configs_of, has_adapters
+from bidistill.integrations.adapters import check_merged, configs_of, has_adapters
 from bidistill.integrations.supported import check_adapted
 from bidistill.loss_calls import Rows, Side, run
 from bidistill.losses import Loss
@@ -124,7 +124,7 @@ def distil(
             "model: got another LM head than it was attached with, expected the same; call "
             "detach(model) and attach(model) after adapters are added or the vocabulary is resized"
         )
-    _check_new_adapters(model)
+    _check_adapters(model)
     total = distill_step(
         model,
         student,
@@ -139,13 +139,16 @@ def distil(
 
 
 @torch.compiler.assume_constant_result  # whose adapters change is compiled anew
-def _check_new_adapters(model: nn.Module) -> None:
-    """Check adapters as `attach` would, if they are others than it has seen."""
+def _check_adapters(model: nn.Module) -> None:
+    """Check adapters as `attach` would if they are others than it has seen; merged ones always."""
     attachment: Attachment = vars(model)[STATE]
     found = configs_of(model)
     if list(map(id, found)) != list(map(id, attachment.adapters)):
         check_adapted(model, attachment.teacher)
         attachment.adapters = found
+    check_merged(model, "model")
+    if isinstance(attachment.teacher, nn.Module):
+        check_merged(attachment.teacher, "teacher")
 
 
 def reads_positions(model: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import torch
 from peft import (
     AdaLoraConfig,
     LoraConfig,
@@ -24,6 +25,7 @@ from tests.integrations.eager import (
     assert_all_close,
     backward,
     batch,
+    nearby,
     objective,
     with_lora,
 )
@@ -95,6 +97,30 @@ def test_refuses_merged_adapters():
         attach(model)
     model.unmerge_adapter()
     attach(model)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["lora on the head", "modules_to_save"],
+)
+@pytest.mark.parametrize("whose", ["model", "teacher"])
+def test_adapters_that_are_merged_later_are_refused(settings, whose):
+    """Those of a head would count twice, and peft takes them out in the middle of a batch."""
+    adapted = with_lora(tiny_llama(tied=False), **settings)
+    student = attach(
+        adapted if whose == "model" else tiny_llama(),
+        teacher=nearby() if whose == "model" else adapted,
+    )
+    expected = student(**batch()).loss
+    adapted.merge_adapter()
+    with pytest.raises(UserError, match=f"^{whose}: got adapters that are merged"):
+        student(**batch())
+    adapted.unmerge_adapter()
+    torch.testing.assert_close(student(**batch()).loss, expected)
 
 
 def test_adapters_that_come_later_are_switched_off_too():
