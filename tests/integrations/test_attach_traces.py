@@ -9,6 +9,9 @@ import types
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from bidistill.errors import UserError
 from bidistill.integrations.attach import STATE, attach, detach
@@ -174,6 +177,27 @@ def test_hooks_at_an_lm_head_are_refused(watch):
         assert "\n" not in str(e.value)
         handle.remove()
     assert torch.equal(student(**batch()).loss, expected)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process."""
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_hooks_of_fsdp_at_an_lm_head_stay():
+    student = attach(tiny_llama(tied=False))
+    expected = student(**batch()).loss
+    mesh = init_device_mesh("cpu", (1,))
+    for each in (student.lm_head, student):  # the head in a unit of its own
+        fully_shard(each, mesh=mesh)
+    assert student.lm_head._forward_hooks
+    assert student.lm_head._forward_pre_hooks
+    torch.testing.assert_close(student(**batch()).loss, expected)
 
 
 @pytest.mark.parametrize("whose", ["model", "teacher"])
