@@ -55,6 +55,19 @@ def check_adapters(model: nn.Module, name: str) -> None:
                 f"{name}: got an activated LoRA, which changes with the prompt, expected an "
                 "ordinary one; leave alora_invocation_tokens out"
             )
+    check_merged(model, name)
+
+
+def check_merged(model: nn.Module, name: str) -> None:
+    """Refuse adapters that are in the weights, where the loss would count them twice.
+
+    Args:
+        model: with adapters or without.
+        name: what the caller knows it by, for the message.
+
+    Raises:
+        UserError: some are merged.
+    """
     if any(isinstance(m, BaseTunerLayer) and m.merged for m in model.modules()):
         raise UserError(
             f"{name}: got adapters that are merged into the weights, expected them beside; call "

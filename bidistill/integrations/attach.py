@@ -25,15 +25,23 @@ from bidistill.errors import UserError
 from bidistill.integrations.adapters import check_regularisers, configs_of
 from bidistill.integrations.attached import (
     DISPATCH,
+    PREFIX,
     STATE,
     Attachment,
     Kind,
     distil,
     reads_positions,
+    vocabulary_of,
 )
 from bidistill.integrations.early_check import checked_transform
 from bidistill.integrations.forward_guard import OURS, refuse_lost_forward
-from bidistill.integrations.supported import check_loss, check_model, check_padding, check_teacher
+from bidistill.integrations.supported import (
+    check_loss,
+    check_model,
+    check_numbers,
+    check_padding,
+    check_teacher,
+)
 from bidistill.losses import find
 from bidistill.models import (
     attach_distill_step,
@@ -44,6 +52,8 @@ from bidistill.models import (
 from bidistill_kernels import LogitTransform
 
 Model = TypeVar("Model", bound=nn.Module)
+POSITIONAL = ("input_ids", "attention_mask")
+"""What a batch of pairs may give by position."""
 COUNTS = "accepts_loss_kwargs"
 """The attribute by which a class of transformers has the Trainer keep ``num_items_in_batch``."""
 
@@ -77,7 +87,7 @@ def attach(
         teacher: ``"base"``, the same weights with the adapters off; ``"live"``, the current weights
             themselves; or another model of the same tokenizer, on the same device, which is neither
             trained nor saved. None of them has a gradient or dropout. ``"auto"``: ``"base"`` where
-            there are adapters, ``"live"`` where there are none.
+            there are adapters by now, ``"live"`` where there are none, whatever comes later.
         options: of the loss, as in a recipe: ``{"forward": 1.0, "reverse": 0.0}``.
         temperature: divisor of both models' logits. The loss is not multiplied by its square.
         chunk_bytes: of logits that exist at a time; None: the kernels' own choice.
@@ -88,21 +98,23 @@ def attach(
     Raises:
         UserError: a model, loss, teacher or option that cannot be used, or something is attached
             already. The forward, once attached, raises it for a batch that lacks a teacher's part,
-            and where adapters that cannot be used have been added since.
+            and where adapters that cannot be used have been added since, or merged, or something
+            has been done to an LM head.
 
     Early check: each model is called a few times, on 16 random tokens. Its logits are compared with
     those of the way that the loss takes (backbone, head, scale, soft-cap, bias, vocabulary limit),
     and those of the first tokens with what they are before other tokens.
     """
     base = unwrapped(model)
-    if STATE in vars(model) or STATE in vars(base):
+    if hasattr(model, STATE) or hasattr(base, STATE):
         raise UserError(
             "model: got one with a loss attached to it already, expected one without; call "
             "detach(model) first"
         )
     check_model(model, "model")
     check_regularisers(model)
-    check_loss(loss, options or {})
+    check_loss(loss, {} if options is None else options)
+    check_numbers(temperature, chunk_bytes)
     kind = check_teacher(teacher, model)
     head: nn.Module = base.get_output_embeddings()  # type: ignore
     reads = kind if isinstance(kind, nn.Module) else model
@@ -121,6 +133,8 @@ def attach(
         takes_count=getattr(base, COUNTS, True) is not False,
         said_of_count=vars(base).get(COUNTS),
         head=None if runs_losses(head) else head,
+        vocabulary=vocabulary_of(model),
+        teacher_vocabulary=vocabulary_of(reads),
         adapters=configs_of(model),
         hooks=[
             each.register_forward_pre_hook(refuse_lost_forward, with_kwargs=True)
@@ -142,7 +156,8 @@ def detach(model: Model) -> Model:
     """Take the loss off; forwards are what they were before `attach`.
 
     What somebody has put around the model's forward since goes with it, such as accelerate's
-    autocast. A teacher that is another model keeps its ``own_rows``, for other students.
+    autocast. A teacher that is another model keeps its ``own_rows`` and its head's forward, for
+    other students.
 
     Args:
         model: what `attach` returned, out of what it has been wrapped in since; or the model within
@@ -167,7 +182,8 @@ def detach(model: Model) -> Model:
         vars(given).pop(name, None)
     if attachment.before is not None:
         given.forward = attachment.before
-    if attachment.head is not None:
+    teaches = any("own_rows" in vars(each) for each in (given, base))
+    if attachment.head is not None and not teaches:
         vars(attachment.head).pop("forward", None)
     for hook in attachment.hooks:
         hook.remove()
@@ -191,7 +207,18 @@ def _forward_of(kind: type[nn.Module]) -> Any:  # noqa: ANN401
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         attachment: Attachment = getattr(self, STATE)
         if kwargs.get(DISPATCH) is not None:
+            if len(args) > len(POSITIONAL):
+                raise UserError(
+                    f"model: got {len(args)} arguments by position beside {DISPATCH}, expected "
+                    f"{' and '.join(POSITIONAL)} at most; pass the others by keyword"
+                )
             return CausalLMOutputWithPast(loss=distil(self, attachment, *args, **kwargs))
+        lost = [n for n in kwargs if n.startswith(PREFIX) and kwargs[n] is not None]
+        if lost:
+            raise UserError(
+                f"{lost[0]}: got it in a batch without {DISPATCH}, expected both or neither; make "
+                "batches by PairCollator, or leave the teacher's part out"
+            )
         if not attachment.takes_count:
             kwargs = _without_count(self, kwargs)
         if attachment.before is not None:
@@ -230,8 +257,5 @@ def _transforms(
     if sizes[0] != sizes[1]:
         check_padding(*sizes)
         found = [replace(transform, vocab_limit=min(sizes)) for transform in found]
-    try:
-        own, theirs = (replace(transform, temperature=temperature) for transform in found)
-    except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from None
+    own, theirs = (replace(transform, temperature=temperature) for transform in found)
     return own, theirs

@@ -14,11 +14,18 @@ from torch.utils.hooks import RemovableHandle
 
 from bidistill.data.padded import IGNORED, Padded, positions_of, shifted
 from bidistill.errors import UserError
-from bidistill.integrations.adapters import configs_of, has_adapters
-from bidistill.integrations.supported import check_adapted
+from bidistill.integrations.adapters import configs_of
+from bidistill.integrations.supported import check_adapted, check_unchanged
 from bidistill.loss_calls import Rows, Side, run
 from bidistill.losses import Loss
-from bidistill.models import backbone, compute_device, distill_step, own_rows, runs_losses
+from bidistill.models import (
+    backbone,
+    compute_device,
+    distill_step,
+    own_rows,
+    runs_losses,
+    unwrapped,
+)
 from bidistill.teacher.rows import TeacherRows
 from bidistill_kernels import LogitTransform
 
@@ -39,7 +46,7 @@ class Attachment:
     loss: Loss
     options: dict[str, Any]
     transform: LogitTransform
-    teacher: Kind | nn.Module
+    teacher: Literal["base", "live"] | nn.Module
     teacher_transform: LogitTransform
     chunk_bytes: int | None
     takes_positions: bool
@@ -54,6 +61,10 @@ class Attachment:
     """What the instance had said of that; None if nothing."""
     head: nn.Module | None
     """The LM head whose forward was replaced; None if it could run losses already."""
+    vocabulary: int
+    """What `vocabulary_of` said of the model."""
+    teacher_vocabulary: int
+    """The same of the teacher."""
     adapters: list[Any]
     """The configurations of its adapters, when they were last found to be right."""
     hooks: list[RemovableHandle]
@@ -91,7 +102,8 @@ def distil(
         attachment: what it made of it.
         input_ids: what the student reads, shape (B, T).
         attention_mask: 0 at padding, shape (B, T).
-        num_items_in_batch: divisor, at least 1; None: the number of answer tokens.
+        num_items_in_batch: divisor; 0, of a batch without answers, counts as 1. None: the number
+            of answer tokens.
         return_dict: set by some trainers, in vain.
         use_cache: the same.
         **kwargs: labels, the teacher's part, and what else the backbones take.
@@ -108,9 +120,19 @@ def distil(
             f"input_ids: got none, or past_key_values, beside {DISPATCH}, expected whole sequences "
             "of token ids; add no adapter of virtual tokens to an attached model, use LoRA"
         )
+    if kwargs.get("adapter_names") is not None:
+        raise UserError(
+            f"adapter_names: got them beside {DISPATCH}, expected one adapter for the whole batch; "
+            "call set_adapter() and leave them out"
+        )
     own = {name: kwargs[name] for name in kwargs if not name.startswith(PREFIX)}
     own |= {"input_ids": input_ids, "attention_mask": attention_mask}
     theirs = {n.removeprefix(PREFIX): kwargs[n] for n in kwargs if n.startswith(PREFIX)}
+    if theirs["input_ids"].shape[0] != input_ids.shape[0]:
+        raise UserError(
+            f"{DISPATCH}: got {theirs['input_ids'].shape[0]} sequences, expected "
+            f"{input_ids.shape[0]}, one for each of input_ids; make both of the same pairs"
+        )
     width = min(input_ids.shape[1], theirs["input_ids"].shape[1])
     student = with_targets(own, "", width, attachment.takes_positions)
     teacher = with_targets(theirs, PREFIX, width, attachment.teacher_takes_positions)
@@ -120,11 +142,8 @@ def distil(
         "make both of the same ids, as PairCollator does",
     )
     if not runs_losses(model.get_output_embeddings()):  # type: ignore
-        raise UserError(
-            "model: got another LM head than it was attached with, expected the same; call "
-            "detach(model) and attach(model) after adapters are added or the vocabulary is resized"
-        )
-    _check_new_adapters(model)
+        raise _another_head("model")
+    _check_model(model)
     total = distill_step(
         model,
         student,
@@ -134,18 +153,37 @@ def distil(
     if num_items_in_batch is None:
         num_items_in_batch = (student.target != IGNORED).sum()
     if isinstance(num_items_in_batch, Tensor):
-        return total / num_items_in_batch.clamp(min=1)
-    return total / max(num_items_in_batch, 1)
+        return total / num_items_in_batch.masked_fill(num_items_in_batch == 0, 1)
+    return total / (num_items_in_batch or 1)
 
 
 @torch.compiler.assume_constant_result  # whose adapters change is compiled anew
-def _check_new_adapters(model: nn.Module) -> None:
-    """Check adapters as `attach` would, if they are others than it has seen."""
+def _check_model(model: nn.Module) -> None:
+    """Check what may have been done to either model since; new adapters as `attach` would."""
     attachment: Attachment = vars(model)[STATE]
     found = configs_of(model)
     if list(map(id, found)) != list(map(id, attachment.adapters)):
         check_adapted(model, attachment.teacher)
         attachment.adapters = found
+    sides: list[tuple[str, nn.Module, int]] = [("model", model, attachment.vocabulary)]
+    if isinstance(attachment.teacher, nn.Module):
+        sides.append(("teacher", attachment.teacher, attachment.teacher_vocabulary))
+    for name, each, vocabulary in sides:
+        check_unchanged(each, name)
+        if vocabulary_of(each) != vocabulary:
+            raise _another_head(name)
+
+
+def _another_head(name: str) -> UserError:
+    return UserError(
+        f"{name}: got another LM head than it was attached with, expected the same; call "
+        "detach(model) and attach(model) after adapters are added or the vocabulary is resized"
+    )
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """Ids of a model, by its config: of a head that is shared out the weight may show fewer."""
+    return unwrapped(model).config.get_text_config().vocab_size
 
 
 def reads_positions(model: nn.Module) -> bool:
@@ -180,7 +218,9 @@ def with_targets(inputs: dict[str, Any], prefix: str, width: int, takes_position
     return Padded(inputs, target, width)
 
 
-def _teacher_rows(model: nn.Module, kind: Kind | nn.Module, padded: Padded) -> Padded | TeacherRows:
+def _teacher_rows(
+    model: nn.Module, kind: Literal["base", "live"] | nn.Module, padded: Padded
+) -> Padded | TeacherRows:
     """The teacher's rows; or what it reads, if it is the model itself with its adapters off."""
     if isinstance(kind, nn.Module):
         if compute_device(kind) != padded.target.device:
@@ -189,7 +229,7 @@ def _teacher_rows(model: nn.Module, kind: Kind | nn.Module, padded: Padded) -> P
                 f"{padded.target.device} with the batch; move it there"
             )
         return kind.own_rows(padded, head=True)  # type: ignore
-    if kind == "base" or (kind == "auto" and has_adapters(model)):
+    if kind == "base":
         return padded
     return own_rows(model, padded)
 

@@ -4,6 +4,7 @@ Student and teacher see different prompts before the same answer ids, so that an
 predicted by row j of both, however long the prompts are and wherever the padding is.
 """
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -69,8 +70,10 @@ class PairCollator:
             a prompt before it, so the count is that of the answers' tokens.
 
         Raises:
-            UserError: a pair lacks a field, or a field has no token.
+            UserError: there is no pair, or one lacks a field, or has other things in it than ids.
         """
+        if not len(pairs):
+            raise UserError("pairs: got none, expected at least one; leave empty batches out")
         for index, pair in enumerate(pairs):
             for field in FIELDS:
                 ids = pair.get(field)
@@ -79,7 +82,9 @@ class PairCollator:
                         f"pair {index} of the batch: {field}: got {ids}, expected at least one "
                         "token id; fill it in, and keep it: remove_unused_columns=False"
                     )
-        prompts, theirs, answers = ([list(pair[field]) for pair in pairs] for field in FIELDS)
+        prompts, theirs, answers = (
+            [_ids_of(pair, index, field) for index, pair in enumerate(pairs)] for field in FIELDS
+        )
         batch = self._padded(prompts, answers)
         batch["shift_labels"] = shifted(batch["labels"])
         batch |= {"teacher_" + key: x for key, x in self._padded(theirs, answers).items()}
@@ -98,6 +103,17 @@ class PairCollator:
                 blank = [fill[name]] * (length - len(ids))
                 rows[name].append(blank + values if self.side == "left" else values + blank)
         return {name: torch.tensor(values) for name, values in rows.items()}
+
+
+def _ids_of(pair: Mapping[str, Sequence[int]], index: int, field: str) -> list[int]:
+    """The token ids of a field, from whatever holds whole numbers."""
+    try:
+        return [operator.index(token) for token in pair[field]]
+    except TypeError:
+        raise UserError(
+            f"pair {index} of the batch: {field}: got {pair[field]!r:.60}, expected a flat list of "
+            "token ids; tokenise one text at a time, without return_tensors"
+        ) from None
 
 
 def make_pair(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bidistill.errors import UserError
-from bidistill.integrations.attached import DISPATCH
+from bidistill.integrations.attached import DISPATCH, STATE
 
 OURS = "runs_bidistill"
 """Attribute of our forwards; whatever is put around one by ``functools.wraps`` has it too."""
@@ -33,6 +33,13 @@ def refuse_lost_forward(model: nn.Module, args: tuple[object, ...], kwargs: dict
             "with torchrun, or let the process see one device only"
         )
     if kwargs.get(DISPATCH) is not None and not runs_ours(model):
+        given: nn.Module = vars(model)[STATE].model
+        if given is not model:
+            raise UserError(
+                f"model: got the {type(model).__name__} within the {type(given).__name__} that was "
+                "attached, expected that one; call that, or detach(model) and attach(model), such "
+                "as after merge_and_unload()"
+            )
         raise UserError(
             f"model.forward: got another one than attach() gave this {type(model).__name__}, whose "
             f"loss would not be that of {DISPATCH}, expected it; attach after whatever replaces "

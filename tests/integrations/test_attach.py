@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from bidistill.errors import UserError
 from bidistill.integrations.attach import attach
@@ -131,6 +132,16 @@ def test_divides_by_the_items_that_it_is_told():
         assert nothing.item() == 0, "a batch without answers is worth nothing, and no NaN"
 
 
+def test_divides_by_a_share_of_an_item():
+    """Such as the count over the number of ranks."""
+    student = attach(tiny_llama().double())
+    inputs = batch()
+    count = (inputs["labels"] != -100).sum()
+    expected = student(**inputs).loss * count / 0.25
+    for items in (0.25, torch.tensor(0.25)):
+        torch.testing.assert_close(student(**inputs, num_items_in_batch=items).loss, expected)
+
+
 def test_refuses_a_second_loss_and_other_modules():
     model = attach(with_lora())
     for twice in (model, model.get_base_model()):
@@ -138,6 +149,9 @@ def test_refuses_a_second_loss_and_other_modules():
             attach(twice)
     with pytest.raises(UserError, match=r"got a Linear, expected a causal language model"):
         attach(torch.nn.Linear(2, 2))
+    for other, said in (("gpt2", "str"), (None, "NoneType")):
+        with pytest.raises(UserError, match=rf"model: got a {said}, expected a causal language"):
+            attach(other)
     with pytest.raises(UserError, match=r"got a OptimizedModule.*before it is compiled"):
         attach(torch.compile(tiny_llama()))
 
@@ -153,6 +167,12 @@ def test_refuses_a_second_loss_and_other_modules():
         ({"teacher": "ema"}, r"teacher: got 'ema', expected one of 'auto', 'base', 'live'"),
         ({"teacher": "base"}, r"teacher: got 'base' for a model without adapters"),
         ({"temperature": 0}, r"temperature: got 0, expected a finite number above 0"),
+        ({"temperature": "x"}, r"temperature: got 'x', expected a finite number above 0"),
+        ({"loss": None}, r"loss: got None, expected the name of a loss; use one of: "),
+        ({"options": [1]}, r"options: got \[1\], expected .* by name; pass a dictionary"),
+        ({"teacher": []}, r"teacher: got \[\], expected one of 'auto'"),
+        ({"chunk_bytes": 0}, r"chunk_bytes: got 0, expected a whole number of bytes above 0"),
+        ({"chunk_bytes": "x"}, r"chunk_bytes: got 'x', expected a whole number"),
     ],
 )
 def test_refuses_arguments(arguments, message):
@@ -176,6 +196,45 @@ def test_refuses_batches():
     inputs["teacher_labels"] = inputs["teacher_labels"].roll(1, dims=0)
     with pytest.raises(RuntimeError, match="teacher_labels: got other answer tokens"):
         model(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher_input_ids": None}, r"^teacher_\w+: got it in a batch without teacher_input_ids"),
+        ({"adapter_names": ["a"] * 8}, r"^adapter_names: got them beside teacher_input_ids"),
+        (
+            {"teacher_input_ids": torch.ones(7, 9).long()},
+            "^teacher_input_ids: got 7 .* 8,",
+        ),
+    ],
+    ids=["half of a teacher", "adapter names", "fewer rows"],
+)
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "lora"])
+def test_refuses_parts_of_batches(change, message, adapted):
+    model = attach(with_lora() if adapted else tiny_llama())
+    with pytest.raises(UserError, match=message) as caught:
+        model(**batch() | change)
+    assert "\n" not in str(caught.value)
+
+
+def test_takes_ids_and_mask_by_position_and_no_more():
+    model = attach(tiny_llama(), teacher=nearby())
+    inputs = batch()
+    expected = model(**inputs).loss
+    given = [inputs.pop(name) for name in ("input_ids", "attention_mask")]
+    assert torch.equal(model(*given, **inputs).loss, expected)
+    with pytest.raises(UserError, match=r"^model: got 3 arguments by position .*by keyword"):
+        model(*given, None, **inputs)
+
+
+def test_refuses_a_model_without_weights():
+    with torch.device("meta"):
+        empty = LlamaForCausalLM(tiny_llama().config)
+    with pytest.raises(UserError, match=r"^model: got a LlamaForCausalLM with .* meta device"):
+        attach(empty)
+    with pytest.raises(UserError, match=r"^teacher: got a LlamaForCausalLM with .* meta device"):
+        attach(tiny_llama(), teacher=empty)
 
 
 def test_unequal_lengths_line_up():

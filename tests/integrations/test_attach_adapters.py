@@ -3,15 +3,19 @@
 import copy
 
 import pytest
+import torch
 from peft import (
     AdaLoraConfig,
+    IA3Config,
     LoraConfig,
+    PeftModel,
     PromptTuningConfig,
     get_peft_model,
 )
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bidistill.errors import UserError
+from bidistill.integrations.adapters import configs_of
 from bidistill.integrations.attach import attach
 from bidistill.integrations.attached import STATE
 from bidistill_kernels import (
@@ -24,6 +28,7 @@ from tests.integrations.eager import (
     assert_all_close,
     backward,
     batch,
+    nearby,
     objective,
     with_lora,
 )
@@ -54,7 +59,18 @@ def test_an_adapter_on_the_head(tied, teacher, kind):
     ("settings", "message"),
     [
         (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "of PROMPT_TUNING"),
-        (LoraConfig(target_modules=["lm_head"], use_dora=True), "got a Linear as LM head"),
+        (
+            LoraConfig(target_modules=["lm_head"], use_dora=True),
+            "got a LoRA with DoraLinearVariant on the LM head",
+        ),
+        (
+            LoraConfig(target_modules=["lm_head"], lora_bias=True),
+            "got a LoRA with lora_bias on the LM head",
+        ),
+        (
+            IA3Config(target_modules=["lm_head"], feedforward_modules=[]),
+            r"got a peft\.tuners\.ia3\.layer\.Linear on the LM head",
+        ),
         (
             LoraConfig(
                 target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5]
@@ -62,8 +78,9 @@ def test_an_adapter_on_the_head(tied, teacher, kind):
             "got an activated LoRA",
         ),
     ],
-    ids=["prompt tuning", "dora on the head", "alora"],
+    ids=["prompt tuning", "dora on the head", "bias on the head", "ia3 on the head", "alora"],
 )
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 def test_refuses_adapters(settings, message):
     model = get_peft_model(tiny_llama(tied=False), settings)
     with pytest.raises(UserError, match=message):
@@ -97,9 +114,52 @@ def test_refuses_merged_adapters():
     attach(model)
 
 
-def test_adapters_that_come_later_are_switched_off_too():
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["lora on the head", "modules_to_save"],
+)
+@pytest.mark.parametrize("whose", ["model", "teacher"])
+def test_adapters_that_are_merged_later_are_refused(settings, whose):
+    """Those of a head would count twice, and peft takes them out in the middle of a batch."""
+    adapted = with_lora(tiny_llama(tied=False), **settings)
+    student = attach(
+        adapted if whose == "model" else tiny_llama(),
+        teacher=nearby() if whose == "model" else adapted,
+    )
+    expected = student(**batch()).loss
+    adapted.merge_adapter()
+    with pytest.raises(UserError, match=f"^{whose}: got adapters that are merged"):
+        student(**batch())
+    adapted.unmerge_adapter()
+    torch.testing.assert_close(student(**batch()).loss, expected)
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["around", "within"])
+def test_the_teacher_is_chosen_when_it_is_attached(within):
+    """Without adapters it is the model as it is, and stays that when some come."""
     model = attach(tiny_llama().double())
     student = with_lora(model).double()
+    if within:
+        student = attach(tiny_llama().double())
+        student.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        student.double()
+    with Wide():
+        eager = backward(student, objective(student, student, bidirectional_kl_reference))
+        assert_all_close(backward(student, student(**batch()).loss), eager, eager)
+
+
+def test_second_adapters_that_come_later_are_switched_off_too():
+    student = attach(with_lora().double())
+    student.add_adapter("second", LoraConfig(r=2, target_modules=["up_proj"]))
+    student.set_adapter("second")
+    for name, parameter in student.named_parameters():
+        if "lora_B.second" in name:
+            torch.nn.init.normal_(parameter)
+    student.double()
     base = tiny_llama().double()
     with Wide():
         eager = backward(student, objective(student, base, bidirectional_kl_reference))
@@ -137,23 +197,29 @@ LATER = {
 
 def add_around(model, settings):
     """Its forward is then called by that of peft, past the hooks of the model."""
+    if isinstance(model, PeftModel):
+        model.add_adapter("second", settings)
+        return model
     return get_peft_model(model, settings)
 
 
 def add_within(model, settings):
-    model.add_adapter(settings)
+    model.add_adapter(settings, adapter_name=f"adapter {len(configs_of(model))}")
     return model
 
 
 @pytest.mark.parametrize("add", [add_around, add_within])
-@pytest.mark.parametrize("teacher", ["auto", "live"])
+@pytest.mark.parametrize("teacher", ["auto", "base", "live"])
 @pytest.mark.parametrize("kind", LATER)
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 def test_adapters_that_come_later_are_checked(kind, teacher, add):
     """At the first batch; of a teacher that is the model as it is, the base may be trained."""
     settings, message = copy.deepcopy(LATER[kind])
     model = GPT2LMHeadModel(GPT2Config(vocab_size=4096, n_embd=32, n_layer=1, n_head=2))
+    if teacher == "base":
+        model = add(model, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
     student = add(attach(model, teacher=teacher), settings)
-    if teacher == "live" and kind != "alora":
+    if teacher != "base" and kind != "alora":
         assert student(**batch()).loss.isfinite()
         return
     for _ in range(2):
@@ -164,12 +230,13 @@ def test_adapters_that_come_later_are_checked(kind, teacher, add):
 
 def test_a_base_that_is_trained_beside_later_adapters():
     """The check is of the batch, not of the moment that they come."""
-    model = attach(tiny_llama())
-    student = with_lora(model)
-    model.model.norm.weight.requires_grad_(True)
+    student = attach(with_lora())
+    student.add_adapter("second", LoraConfig(target_modules=["up_proj"]))
+    norm = student.get_base_model().model.norm.weight
+    norm.requires_grad_(True)
     with pytest.raises(UserError, match=r"trains 1 parameters beside its adapters"):
         student(**batch())
-    model.model.norm.weight.requires_grad_(False)
+    norm.requires_grad_(False)
     assert student(**batch()).loss.isfinite()
 
 
@@ -179,7 +246,7 @@ def test_a_second_adapter_on_the_head_is_checked():
     student.add_adapter("second", LoraConfig(r=2, target_modules=["lm_head"]))
     assert student(**batch()).loss.isfinite()
     student.add_adapter("third", LoraConfig(target_modules=["lm_head"], use_dora=True))
-    with pytest.raises(UserError, match="got a Linear as LM head"):
+    with pytest.raises(UserError, match="DoraLinearVariant on the LM head"):
         student(**batch())
     student.delete_adapter("third")
     assert student(**batch()).loss.isfinite()

@@ -11,7 +11,7 @@ from peft.tuners.lora import KasaConfig
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bidistill.errors import UserError
-from bidistill.integrations.attach import attach
+from bidistill.integrations.attach import attach, detach
 from bidistill.models import adapters_off, own_rows
 from bidistill_kernels import (
     bidirectional_kl_reference,
@@ -22,6 +22,7 @@ from tests.integrations.eager import (
     assert_all_close,
     backward,
     batch,
+    nearby,
     objective,
     with_lora,
 )
@@ -81,6 +82,15 @@ def test_refuses_itself_as_another_teacher():
     model = tiny_llama()
     with pytest.raises(UserError, match=r"teacher: got the model itself.*pass teacher='live'"):
         attach(model, teacher=model)
+
+
+def test_a_teacher_may_be_detached_itself():
+    other = attach(nearby())
+    student = attach(tiny_llama(), teacher=other)
+    expected = student(**batch()).loss
+    detach(other)
+    assert torch.equal(student(**batch()).loss, expected)
+    assert torch.equal(attach(tiny_llama(), teacher=other)(**batch()).loss, expected)
 
 
 @pytest.mark.parametrize("teacher", ["auto", "base"])

@@ -9,6 +9,9 @@ import types
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from bidistill.errors import UserError
 from bidistill.integrations.attach import STATE, attach, detach
@@ -16,6 +19,7 @@ from examples.tiny import tiny_llama
 from tests.integrations.eager import (
     PEFT_WARNINGS,
     batch,
+    nearby,
     with_lora,
 )
 
@@ -147,13 +151,75 @@ def test_refuses_replicas_of_data_parallel():
         replica(input_ids=IDS)
 
 
+def watch_output(model):
+    return model.lm_head.register_forward_hook(lambda *given: 2 * given[-1])
+
+
+def watch_input(model):
+    return model.lm_head.register_forward_pre_hook(lambda *given: None)
+
+
+@pytest.mark.parametrize("watch", [watch_output, watch_input])
+def test_hooks_at_an_lm_head_are_refused(watch):
+    """One that looks for logits would be given the loss."""
+    models = {"model": tiny_llama(), "teacher": nearby()}
+    for name, model in models.items():
+        handle = watch(model)
+        with pytest.raises(UserError, match=rf"^{name}: got an LM head with a forward hook"):
+            attach(models["model"], teacher=models["teacher"])
+        handle.remove()
+    student = attach(models["model"], teacher=models["teacher"])
+    expected = student(**batch()).loss
+    for name, model in models.items():
+        handle = watch(model)
+        with pytest.raises(UserError, match=rf"^{name}: .* \(watch_\w+\.<locals>.*none; rem") as e:
+            student(**batch())
+        assert "\n" not in str(e.value)
+        handle.remove()
+    assert torch.equal(student(**batch()).loss, expected)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process."""
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_hooks_of_fsdp_at_an_lm_head_stay():
+    student = attach(tiny_llama(tied=False))
+    expected = student(**batch()).loss
+    mesh = init_device_mesh("cpu", (1,))
+    for each in (student.lm_head, student):  # the head in a unit of its own
+        fully_shard(each, mesh=mesh)
+    assert student.lm_head._forward_hooks
+    assert student.lm_head._forward_pre_hooks
+    torch.testing.assert_close(student(**batch()).loss, expected)
+
+
+@pytest.mark.parametrize("whose", ["model", "teacher"])
+def test_a_vocabulary_that_is_resized_is_noticed(whose):
+    """Of a tied head the module stays the same."""
+    models = {"model": tiny_llama(), "teacher": tiny_llama(seed=1)}
+    student = attach(models["model"], teacher=models["teacher"])
+    head = models[whose].get_output_embeddings()
+    models[whose].resize_token_embeddings(4160, mean_resizing=False)
+    assert models[whose].get_output_embeddings() is head
+    with pytest.raises(UserError, match=rf"^{whose}: got another LM head .*is resized"):
+        student(**batch())
+
+
 @pytest.mark.parametrize("merged", [True, False], ids=["merged", "within"])
 def test_the_model_within_is_detached_as_well(merged):
     model = attach(with_lora())
     base = model.merge_and_unload() if merged else model.get_base_model()
     with pytest.raises(UserError, match="attached to it already"):
         attach(base)
-    with pytest.raises(UserError, match=r"model\.forward: got another one"):
+    said = r"^model: got the LlamaForCausalLM within the PeftModel.*merge_and_unload"
+    with pytest.raises(UserError, match=said):
         base(**batch())
     assert detach(base) is base
     for each in (model, base):

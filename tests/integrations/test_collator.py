@@ -48,6 +48,26 @@ def test_refuses_pairs_without_a_part(field):
         PairCollator(1)(pairs)
 
 
+@pytest.mark.parametrize("odd", [[[5, 6]], [5.0], "text", torch.ones(1, 2, dtype=torch.long)])
+def test_refuses_what_is_no_list_of_ids(odd):
+    pairs = make_pairs(3)
+    pairs[1]["answer_ids"] = odd
+    with pytest.raises(UserError, match=r"^pair 1 of the batch: answer_ids: got .* a flat list"):
+        PairCollator(1)(pairs)
+
+
+def test_takes_ids_from_tensors():
+    pairs = make_pairs(3)
+    tensors = [{field: torch.tensor(ids) for field, ids in pair.items()} for pair in pairs]
+    for name, expected in PairCollator(1)(pairs).items():
+        assert torch.equal(PairCollator(1)(tensors)[name], expected), name
+
+
+def test_refuses_no_pairs():
+    with pytest.raises(UserError, match=r"^pairs: got none, expected at least one"):
+        PairCollator(0)([])
+
+
 def test_refuses_no_padding_and_other_sides():
     tokenizer = make_tokenizer()
     assert PairCollator(tokenizer).token == tokenizer.pad_token_id

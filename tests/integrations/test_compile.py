@@ -57,6 +57,18 @@ def test_a_step_is_one_graph(teacher):
 
 
 @pytest.mark.slow
+def test_adapters_that_are_merged_later_are_noticed_in_a_graph():
+    model = attach(with_lora(tiny_llama(tied=False), target_modules=["q_proj", "lm_head"]))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = compiled(**batch()).loss
+    model.merge_adapter()
+    with pytest.raises(Exception, match="got adapters that are merged"):
+        compiled(**batch())
+    model.unmerge_adapter()
+    torch.testing.assert_close(compiled(**batch()).loss, expected)
+
+
+@pytest.mark.slow
 def test_by_inductor():
     """As the documentation shows it."""
     page = Path(__file__).parents[2] / "docs" / "integrations" / "compile.md"
