@@ -62,7 +62,11 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
 
 def backbone(model: nn.Module) -> nn.Module:
     """The model without its LM head; its output has ``last_hidden_state``."""
-    return unwrapped(model).base_model
+    base = unwrapped(model)
+    found = base.base_model
+    # the text model of llama 4 says "language_model" of what it keeps as "model"
+    inner = base.model if found is base and hasattr(base, "model") else found
+    return inner if isinstance(inner, PreTrainedModel) else found
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

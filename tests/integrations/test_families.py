@@ -19,6 +19,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MarianConfig,
     MarianMTModel,
@@ -56,6 +57,16 @@ SIZES = {
 GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.2}
 FAMILIES = {
     "llama": (LlamaConfig, {}),
+    # its experts, a layer without positions, and one with a window shorter than its sequences
+    "llama4": (
+        Llama4TextConfig,
+        {
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 4,
+            "no_rope_layers": [1, 0],
+            "attention_chunk_size": 4,
+        },
+    ),
     "qwen3": (Qwen3Config, {}),
     "gemma2": (Gemma2Config, {"final_logit_softcapping": 2.0}),
     "gemma3": (Gemma3TextConfig, {"final_logit_softcapping": 3.0}),
