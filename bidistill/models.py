@@ -331,12 +331,19 @@ def _head_forward(
     if fused is None:
         return type(self).forward(self, hidden, *args, **kwargs)
     weight, bias = self.weight, getattr(self, "bias", None)  # of the layer below an adapter
+    hidden = _no_wider(hidden, weight)  # type: ignore
     if isinstance(teacher, TeacherRows) and teacher.weight is None:
-        base = self.original_module if isinstance(self, ModulesToSaveWrapper) else self
-        teacher = TeacherRows(teacher.hidden, base.weight, getattr(base, "bias", None))  # type: ignore
+        base: Any = self.original_module if isinstance(self, ModulesToSaveWrapper) else self
+        theirs = _no_wider(teacher.hidden, base.weight)
+        teacher = TeacherRows(theirs, base.weight, getattr(base, "bias", None))
     if isinstance(self, LoraLayer):
         hidden, weight = augmented(self, hidden)
     return fused(hidden, weight, bias, teacher)
+
+
+def _no_wider(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Rows as a head of 16 bits takes them from a model whose residual stream has 32: mamba."""
+    return hidden.to(weight.dtype) if hidden.dtype.itemsize > weight.dtype.itemsize else hidden
 
 
 def read_logit_transform(model: nn.Module, name: str = "model.path") -> LogitTransform:
@@ -400,7 +407,7 @@ def _verify_transform(model: nn.Module, transform: LogitTransform, name: str) ->
     finally:
         for handle in handles:
             handle.remove()
-    if not torch.equal(seen.get("hidden", tokens), seen["input"]):
+    if not torch.equal(seen.get("hidden", tokens).to(seen["input"].dtype), seen["input"]):
         raise UserError(
             f"{name}: got a {base.config.model_type} model, whose LM head is given something else "
             "than the last hidden states, expected these; this architecture is not supported"
