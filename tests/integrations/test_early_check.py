@@ -112,6 +112,19 @@ def test_a_rounding_is_no_reading_ahead():
     attach(model.bfloat16())
 
 
+def mixing(norm, args, hidden):
+    return hidden + 0.5 * hidden.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_refuses_a_mixing_of_the_batch(dtype):
+    """It shows in no sequence alone, but in the loss of each batch."""
+    model = tiny_llama().to(dtype)
+    model.model.norm.register_forward_hook(mixing)
+    with pytest.raises(UserError, match=r"in a batch of others .* or mixes the batch"):
+        attach(model)
+
+
 def other_tokens(model, args, kwargs):
     return args, kwargs | {"input_ids": kwargs["input_ids"].flip(1)}
 
