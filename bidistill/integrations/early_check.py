@@ -53,8 +53,8 @@ def checked_transform(model: nn.Module, name: str) -> LogitTransform:
         Scale, soft-cap and vocabulary limit.
 
     Raises:
-        UserError: the logits are others along the way of the loss, or depend on later tokens or on the
-            other sequences of a batch.
+        UserError: the logits are others along the way of the loss, or depend on later tokens
+            or on the other sequences of a batch.
     """
     with without_dropout(model), _running_losses(model):
         transform = read_logit_transform(model, name)
