@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
@@ -62,7 +62,11 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
 
 def backbone(model: nn.Module) -> nn.Module:
     """The model without its LM head; its output has ``last_hidden_state``."""
-    return unwrapped(model).base_model
+    base = unwrapped(model)
+    found = base.base_model
+    # the text model of llama 4 says "language_model" of what it keeps as "model"
+    inner = base.model if found is base and hasattr(base, "model") else found
+    return inner if isinstance(inner, PreTrainedModel) else found
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -227,6 +231,8 @@ def attach_distill_step(model: nn.Module) -> None:
     model.distill_step = types.MethodType(distill_step, model)  # type: ignore
     model.teacher_rows = types.MethodType(base_rows, model)  # type: ignore
     model.own_rows = types.MethodType(own_rows, model)  # type: ignore
+    for name in ROOT_METHODS:
+        register_fsdp_forward_method(model, name)  # nothing for one that is not shared out yet
 
 
 def attach_head(model: nn.Module) -> None:
@@ -284,7 +290,13 @@ def base_rows(
 
 
 @torch.no_grad()
-def own_rows(model: nn.Module, packed: Packed | Padded, *, head: bool = False) -> TeacherRows:
+def own_rows(
+    model: nn.Module,
+    packed: Packed | Padded,
+    *,
+    head: bool = False,
+    read: Callable[..., Any] = TeacherRows,
+) -> Any:  # noqa: ANN401
     """Hidden rows of the model as it is, without dropout.
 
     Args:
@@ -292,14 +304,22 @@ def own_rows(model: nn.Module, packed: Packed | Padded, *, head: bool = False) -
         packed: what it reads.
         head: give its head too; one that has an adapter, or is trained in place of the base's, is
             given anyway. Where the model is shared out, it lasts until the ranks put their parts
-            back (``distributed.put_back``).
+            back (``distributed.put_back``), and so does the root's unit, here and from now on.
+        read: called in the head, if it is given, with the rows and its weight and bias.
+
+    Returns:
+        :class:`TeacherRows`, or what ``read`` makes of the head.
     """
     output: Any = model.get_output_embeddings()  # type: ignore
     head |= isinstance(output, LoraLayer | ModulesToSaveWrapper)
+    if head and read is TeacherRows:
+        for unit in (model, output):
+            if isinstance(unit, FSDPModule):
+                unit.set_reshard_after_forward(False, recurse=False)
     with without_dropout(model):
         hidden = hidden_rows(model, packed)
         if head:
-            return output(hidden, fused=lambda *rows_and_head: TeacherRows(*rows_and_head[:3]))
+            return output(hidden, fused=lambda *rows_and_head: read(*rows_and_head[:3]))
         return TeacherRows(hidden)
 
 
@@ -327,12 +347,19 @@ def _head_forward(
     if fused is None:
         return type(self).forward(self, hidden, *args, **kwargs)
     weight, bias = self.weight, getattr(self, "bias", None)  # of the layer below an adapter
+    hidden = _no_wider(hidden, weight)  # type: ignore
     if isinstance(teacher, TeacherRows) and teacher.weight is None:
-        base = self.original_module if isinstance(self, ModulesToSaveWrapper) else self
-        teacher = TeacherRows(teacher.hidden, base.weight, getattr(base, "bias", None))  # type: ignore
+        base: Any = self.original_module if isinstance(self, ModulesToSaveWrapper) else self
+        theirs = _no_wider(teacher.hidden, base.weight)
+        teacher = TeacherRows(theirs, base.weight, getattr(base, "bias", None))
     if isinstance(self, LoraLayer):
         hidden, weight = augmented(self, hidden)
     return fused(hidden, weight, bias, teacher)
+
+
+def _no_wider(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Rows as a head of 16 bits takes them from a model whose residual stream has 32: mamba."""
+    return hidden.to(weight.dtype) if hidden.dtype.itemsize > weight.dtype.itemsize else hidden
 
 
 def read_logit_transform(model: nn.Module, name: str = "model.path") -> LogitTransform:
@@ -376,7 +403,8 @@ def _verify_transform(model: nn.Module, transform: LogitTransform, name: str) ->
     tokens = torch.randint(
         base.config.get_text_config().vocab_size,
         (1, 16),
-        generator=torch.Generator().manual_seed(0),
+        generator=torch.Generator("cpu").manual_seed(0),
+        device="cpu",  # whatever torch.set_default_device says
     ).to(compute_device(model))
     seen: dict[str, Tensor] = {}
 
@@ -396,7 +424,13 @@ def _verify_transform(model: nn.Module, transform: LogitTransform, name: str) ->
     finally:
         for handle in handles:
             handle.remove()
-    if not torch.equal(seen.get("hidden", tokens), seen["input"]):
+    if not all(seen[name].isfinite().all() for name in ("input", "output")):
+        raise UserError(
+            f"{name}: got a {base.config.model_type} model in {seen['output'].dtype}, whose hidden "
+            "states or logits of a few tokens are not finite, expected finite ones; mend its "
+            "weights, or load it in bfloat16 or float32 if it overflows"
+        )
+    if not torch.equal(seen.get("hidden", tokens).to(seen["input"].dtype), seen["input"]):
         raise UserError(
             f"{name}: got a {base.config.model_type} model, whose LM head is given something else "
             "than the last hidden states, expected these; this architecture is not supported"

@@ -2,21 +2,26 @@
 
 The loss runs the model without its head, and reads the head's weight: whatever a model does around
 these two, or whatever is done to it from outside, is left out of the loss and of its gradients. So
-the logits of that way are compared with the model's own, and those of a token with what they are
-when the tokens after it are others.
+the logits of that way, in a batch, are compared with the model's own of one sequence alone, and
+those of a token with what they are when the tokens after it are others.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
+from bidistill.distributed import put_back
 from bidistill.errors import UserError
 from bidistill.integrations.attached import reads_positions, with_targets
 from bidistill.models import (
+    ROOT_METHODS,
     TRANSFORM_TOLERANCE,
+    attach_distill_step,
     attach_head,
     compute_device,
     own_rows,
@@ -48,18 +53,21 @@ def checked_transform(model: nn.Module, name: str) -> LogitTransform:
         Scale, soft-cap and vocabulary limit.
 
     Raises:
-        UserError: the logits are others along the way of the loss, or depend on later tokens.
+        UserError: the logits are others along the way of the loss, or depend on later tokens
+            or on the other sequences of a batch.
     """
     with without_dropout(model), _running_losses(model):
         transform = read_logit_transform(model, name)
         ids = unwrapped(model).config.get_text_config().vocab_size
-        generator = torch.Generator().manual_seed(1)
-        drawn = torch.randint(ids, (2, TOKENS), generator=generator).to(compute_device(model))
+        generator = torch.Generator("cpu").manual_seed(1)
+        drawn = torch.randint(ids, (2, TOKENS), generator=generator, device="cpu")
+        drawn = drawn.to(compute_device(model))
         half, tokens = TOKENS // 2, drawn[:1]
         ends = torch.cat((drawn[:1, :half], drawn[1:, half:]), 1)
         begins = torch.cat((drawn[1:, :half], drawn[:1, half:]), 1)
-        # before the model's own forward, so that there is nothing of these tokens to be found
-        ours, ended, begun = (_logits(model, transform, each) for each in (tokens, ends, begins))
+        # before the model's own forward, so that there is nothing of these tokens to be found; and
+        # as one batch, so that a mixing of its sequences shows beside one alone
+        ours, ended, begun = _logits(model, transform, torch.cat((tokens, ends, begins)))
         own = model(input_ids=tokens, use_cache=False).logits[0]
     kind = unwrapped(model).config.model_type
     largest = own.abs().max().item()
@@ -67,8 +75,9 @@ def checked_transform(model: nn.Module, name: str) -> LogitTransform:
     if not (error := _distance(ours, own)) <= limit:
         raise UserError(
             f"{name}: the logits of this {kind} model differ by {error:.3g} from those of its "
-            f"backbone and LM head alone (largest logit {largest:.3g}), expected the same; take "
-            "off what changes it from outside, or train it with its own loss"
+            f"backbone and LM head alone, in a batch of others (largest logit {largest:.3g}), "
+            "expected the same; attach before accelerator.prepare, take off what changes it from "
+            "outside or mixes the batch, or train it with its own loss"
         )
     if not (error := _distance(ended[:half], ours[:half])) <= limit:
         raise UserError(
@@ -80,13 +89,13 @@ def checked_transform(model: nn.Module, name: str) -> LogitTransform:
 
 
 def _logits(model: nn.Module, transform: LogitTransform, tokens: Tensor) -> Tensor:
-    """What the loss would take for the logits of one sequence, shape (T, V)."""
+    """What the loss would take for the logits of a batch of sequences, shape (B, T, V)."""
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
     padded = with_targets(inputs, "", tokens.shape[1], reads_positions(model))
-    # where a model is shared out, its method is what may run it
-    given = vars(model).get("own_rows")
-    rows = given(padded, head=True) if given else own_rows(model, padded, head=True)
-    return transform(F.linear(rows.hidden, rows.weight, rows.bias))  # type: ignore
+    # where a model is shared out, its method is what may run it, and its head whole but inside
+    run = vars(model).get("own_rows") or partial(own_rows, model)
+    logits = run(padded, head=True, read=lambda *head: transform(F.linear(*head)))
+    return logits.unflatten(0, tokens.shape)
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
@@ -110,12 +119,17 @@ def _limit(model: nn.Module, largest: float, ahead: float) -> float:
 
 @contextmanager
 def _running_losses(model: nn.Module) -> Iterator[None]:
-    """The LM head able to run losses inside, and then as it was."""
+    """The LM head able to run losses inside, what is shared out too, and then as it was."""
     head: nn.Module = model.get_output_embeddings()  # type: ignore
-    before = runs_losses(head)
+    before, methods = runs_losses(head), set(ROOT_METHODS) - set(vars(model))
     attach_head(model)
+    if isinstance(model, FSDPModule) and methods:
+        attach_distill_step(model)
     try:
         yield
     finally:
+        put_back(model)
+        for method in methods:
+            vars(model).pop(method, None)
         if not before:
             del head.forward

@@ -103,6 +103,34 @@ def train_adapter(way: str, accumulate: int, world: World | None = None) -> Outc
     return _outcome(losses, trained)
 
 
+def attach_shared_out(who: str, reshard: bool | None, shared: bool = True) -> Outcome:
+    """Two steps where ``who``, student or teacher, was shared out, its head too, before `attach`.
+
+    Args:
+        who: which one.
+        reshard: whether units are cut up after their forward, the root's too.
+        shared: else whole, to compare with.
+    """
+    student, teacher = tiny_llama(tied=False), tiny_llama(tied=False)
+    teacher.model.norm.weight.data *= 1.5
+    model = {"student": student, "teacher": teacher}[who]
+    for each in (student, teacher):
+        double(each)
+    if shared:
+        for unit in (*model.model.layers, model.lm_head, model):
+            fully_shard(unit, reshard_after_forward=reshard)
+    attach(student, teacher=teacher)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1e-2)
+    losses = []
+    for pairs in (make_pairs(3), make_pairs(5)):
+        optimizer.zero_grad()
+        loss = student(**PairCollator(padding=1)(pairs)).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return _outcome(losses, dict(student.named_parameters()))
+
+
 def share_out(model: Any) -> None:
     """As `fsdp2.shard`, of a model with adapters."""
     base, policy = model.get_base_model(), fsdp2.POLICY

@@ -19,7 +19,9 @@ from transformers import (
 
 from bidistill.errors import UserError
 from bidistill.integrations.attach import attach
+from bidistill.integrations.early_check import checked_transform
 from examples.tiny import tiny_llama
+from tests.integrations import fsdp2_run
 from tests.integrations.eager import PEFT_WARNINGS, with_lora
 
 pytestmark = PEFT_WARNINGS
@@ -110,6 +112,19 @@ def test_a_rounding_is_no_reading_ahead():
     attach(model.bfloat16())
 
 
+def mixing(norm, args, hidden):
+    return hidden + 0.5 * hidden.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_refuses_a_mixing_of_the_batch(dtype):
+    """It shows in no sequence alone, but in the loss of each batch."""
+    model = tiny_llama().to(dtype)
+    model.model.norm.register_forward_hook(mixing)
+    with pytest.raises(UserError, match=r"in a batch of others .* or mixes the batch"):
+        attach(model)
+
+
 def other_tokens(model, args, kwargs):
     return args, kwargs | {"input_ids": kwargs["input_ids"].flip(1)}
 
@@ -197,3 +212,43 @@ def test_refuses_logits_that_are_no_function_of_the_head():
         attach(model)
     with pytest.raises(UserError, match=r"^teacher: the logits of this llama model differ"):
         attach(tiny_llama(), teacher=model)
+
+
+@pytest.mark.parametrize("reshard", [None, True])
+@pytest.mark.parametrize("who", ["student", "teacher"])
+def test_takes_what_is_shared_out_already(ranks, who, reshard):
+    """Its head is whole in its forward alone, as `fully_shard` has it unless it is told not to."""
+    expected = fsdp2_run.attach_shared_out(who, reshard, shared=False)
+    for found in ranks.run(fsdp2_run.attach_shared_out, who, reshard):
+        assert found.losses == pytest.approx(expected.losses, rel=1e-12)
+        for name, gradient in expected.gradients.items():
+            torch.testing.assert_close(found.gradients[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("who", ["model", "teacher"])
+def test_says_that_weights_are_not_finite(who):
+    broken, overflowing = tiny_llama(), tiny_llama().half()
+    broken.model.norm.weight.data[0] = float("nan")
+    overflowing.model.norm.weight.data.fill_(torch.finfo(torch.float16).max)
+    for model, dtype in ((broken, "float32"), (overflowing, "float16")):
+        message = rf"^{who}: got a llama model in torch.{dtype}, whose hidden states .* not finite"
+        with pytest.raises(UserError, match=message) as caught:
+            attach(model) if who == "model" else attach(tiny_llama(), teacher=model)
+        assert "\n" not in str(caught.value)
+
+
+def test_draws_its_tokens_whatever_the_default_device():
+    model = tiny_llama()
+    torch.set_default_device("meta")
+    try:
+        checked_transform(model, "model")
+    finally:
+        torch.set_default_device(None)
+
+
+def test_says_to_attach_before_accelerate_prepares():
+    """Its autocast is around the model's forward, where the loss does not run yet."""
+    model = tiny_llama()
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    with pytest.raises(UserError, match=r"expected the same; attach before accelerator.prepare"):
+        attach(model)
