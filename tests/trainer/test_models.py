@@ -122,8 +122,9 @@ def test_attached_head_is_an_ordinary_head():
     attach_distill_step(model)
     torch.testing.assert_close(model(input_ids=TOKENS).logits, expected, rtol=0, atol=0)
     assert list(model.state_dict()) == names
-    seen = model.get_output_embeddings()(TOKENS, fused=lambda *arguments: arguments)
-    assert seen[0] is TOKENS
+    hidden = torch.randn(3, 32)
+    seen = model.get_output_embeddings()(hidden, fused=lambda *arguments: arguments)
+    assert seen[0] is hidden
     assert seen[1] is unwrapped(model).lm_head.weight
     assert seen[2] is None
 
