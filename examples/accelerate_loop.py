@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bidistill.integrations.attach import attach
 from bidistill.integrations.collator import PairCollator
-from examples.tiny import Pair, batch_logits, eager_kl, make_pairs, tiny_llama
+from examples.tiny import Pair, batch_kl, eager_kl, make_pairs, step_of, tiny_llama
 
 ROUNDS = 10
 
@@ -59,29 +59,14 @@ def fused_step() -> Callable[[], Tensor]:
     """One forward and backward of the attached model."""
     student = attach(tiny_llama(), teacher=tiny_llama(seed=1).eval())
     batch = PairCollator(student.config.pad_token_id)(make_pairs())  # type: ignore
-
-    def step() -> Tensor:
-        loss = student(**batch).loss
-        loss.backward()
-        return loss.detach()
-
-    return step
+    return step_of(lambda: student(**batch).loss)
 
 
 def eager_step() -> Callable[[], Tensor]:
     """The same from full logits of the same padded batch."""
     student, teacher = tiny_llama(), tiny_llama(seed=1).eval()
     batch = PairCollator(student.config.pad_token_id)(make_pairs())  # type: ignore
-
-    def step() -> Tensor:
-        s = batch_logits(student, batch).log_softmax(-1)
-        with torch.no_grad():
-            t = batch_logits(teacher, batch, "teacher_").log_softmax(-1)
-        loss = 0.5 * ((t.exp() - s.exp()) * (t - s)).sum() / len(s)
-        loss.backward()
-        return loss.detach()
-
-    return step
+    return step_of(lambda: batch_kl(student, teacher, batch))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bidistill.integrations.liger import LigerFusedLinearJSD  # was: liger_kernel.transformers
 from bidistill_kernels import jsd_reference
-from examples.tiny import make_pairs, tiny_llama
+from examples.tiny import make_pairs, step_of, tiny_llama
 
 BETA = 0.5
 STEPS = 20
@@ -67,13 +67,7 @@ def eager_step() -> Callable[[], Tensor]:
 
 def _step(objective: Callable[..., Tensor]) -> Callable[[], Tensor]:
     student, teacher = tiny_llama(0), tiny_llama(1)
-
-    def step() -> Tensor:
-        loss = objective(student, teacher)
-        loss.backward()
-        return loss.detach()
-
-    return step
+    return step_of(lambda: objective(student, teacher))
 
 
 def main() -> tuple[float, float]:

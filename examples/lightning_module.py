@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bidistill.integrations.collator import PairCollator
 from bidistill.integrations.lightning import DistillationModule
-from examples.tiny import batch_logits, eager_kl, make_pairs, tiny_llama
+from examples.tiny import batch_kl, eager_kl, make_pairs, step_of, tiny_llama
 
 
 class Losses(Callback):
@@ -56,29 +56,14 @@ def fused_step() -> Callable[[], Tensor]:
     """One forward and backward of the module's loss, to be called again and again."""
     distilled = module()
     (batch,) = loader(8)
-
-    def step() -> Tensor:
-        loss = distilled.model(**batch).loss
-        loss.backward()
-        return loss.detach()
-
-    return step
+    return step_of(lambda: distilled.model(**batch).loss)
 
 
 def eager_step() -> Callable[[], Tensor]:
     """The same from full logits."""
     student, teacher = tiny_llama(), tiny_llama()
     (batch,) = loader(8)
-
-    def step() -> Tensor:
-        with torch.no_grad():
-            t = batch_logits(teacher, batch, "teacher_").log_softmax(-1)
-        s = batch_logits(student, batch).log_softmax(-1)
-        loss = (0.5 * (t.exp() - s.exp()) * (t - s)).sum(-1).mean()
-        loss.backward()
-        return loss.detach()
-
-    return step
+    return step_of(lambda: batch_kl(student, teacher, batch))
 
 
 def main() -> None:

@@ -78,6 +78,17 @@ def make_pairs(count: int = 8, seed: int = 0) -> list[Pair]:
     return pairs
 
 
+def step_of(loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """One forward and backward of a loss, to be timed; it returns the loss's value."""
+
+    def step() -> Tensor:
+        value = loss()
+        value.backward()
+        return value.detach()
+
+    return step
+
+
 def answer_logits(
     model: PreTrainedModel, prompt_ids: list[int], answer_ids: list[int]
 ) -> Float[Tensor, "N V"]:
@@ -101,6 +112,16 @@ def batch_logits(
     ids, mask, labels = (batch[prefix + n] for n in ("input_ids", "attention_mask", "labels"))
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return logits[:, :-1][labels[:, 1:] != -100].float()
+
+
+def batch_kl(
+    student: Callable[..., Any], teacher: Callable[..., Any], batch: Mapping[str, Tensor]
+) -> Float[Tensor, ""]:
+    """Half of each KL divergence, mean over the answer tokens of a padded batch of pairs."""
+    with torch.no_grad():
+        t = batch_logits(teacher, batch, "teacher_").log_softmax(-1)
+    s = batch_logits(student, batch).log_softmax(-1)
+    return (0.5 * (t.exp() - s.exp()) * (t - s)).sum(-1).mean()
 
 
 def eager_kl(

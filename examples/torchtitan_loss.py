@@ -18,7 +18,7 @@ from torchtitan.models.llama3 import Llama3Model, llama3_configs
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bidistill.integrations.torchtitan import FusedCrossEntropy, FusedDistillation, teacher_rows
-from examples.tiny import ANSWER_TOKENS, VOCABULARY, Pair, make_pairs
+from examples.tiny import ANSWER_TOKENS, VOCABULARY, Pair, make_pairs, step_of
 
 LENGTH = 17 + ANSWER_TOKENS[1]
 """Tokens of the longest sequence; torchtitan's chunked loss cuts it into eight."""
@@ -106,13 +106,7 @@ def eager_step() -> Callable[[], Tensor]:
     """The same from full logits."""
     model, pairs = tiny_titan(), make_pairs()
     teacher = copy.deepcopy(model).requires_grad_(False)
-
-    def step() -> Tensor:
-        loss = eager_kl(model, teacher, pairs)
-        loss.backward()
-        return loss.detach()
-
-    return step
+    return step_of(lambda: eager_kl(model, teacher, pairs))
 
 
 def main() -> None:

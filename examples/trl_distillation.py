@@ -28,6 +28,7 @@ from examples.tiny import (
     eager_divergence,
     make_batch,
     make_pairs,
+    step_of,
     tiny_llama,
     word_tokenizer,
 )
@@ -98,13 +99,7 @@ def eager_step() -> Callable[[], Tensor]:
 
 def _step(kind: type) -> Callable[[], Tensor]:
     trainer, batch = make_trainer(tempfile.mkdtemp(), kind), make_batch()
-
-    def step() -> Tensor:
-        loss = trainer.compute_loss(trainer.model, batch)
-        loss.backward()
-        return loss.detach()
-
-    return step
+    return step_of(lambda: trainer.compute_loss(trainer.model, batch))
 
 
 def main() -> tuple[float, float]:

@@ -27,6 +27,7 @@ from examples.tiny import (
     eager_divergence,
     make_batch,
     make_pairs,
+    step_of,
     tiny_llama,
     word_tokenizer,
 )
@@ -112,13 +113,7 @@ def eager_step() -> Callable[[], Tensor]:
 def _step(kind: type) -> Callable[[], Tensor]:
     trainer, batch = make_trainer(tempfile.mkdtemp(), kind), make_batch()
     trainer.current_gradient_accumulation_steps = 1  # which train() sets
-
-    def step() -> Tensor:
-        loss = trainer.compute_loss(trainer.model, batch)
-        loss.backward()
-        return loss.detach()
-
-    return step
+    return step_of(lambda: trainer.compute_loss(trainer.model, batch))
 
 
 def main() -> tuple[float, float]:

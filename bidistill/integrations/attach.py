@@ -28,7 +28,6 @@ from bidistill.integrations.attached import (
     PREFIX,
     STATE,
     Attachment,
-    Kind,
     distil,
     reads_positions,
     vocabulary_of,
@@ -36,6 +35,7 @@ from bidistill.integrations.attached import (
 from bidistill.integrations.early_check import checked_transform
 from bidistill.integrations.forward_guard import OURS, refuse_lost_forward
 from bidistill.integrations.supported import (
+    Kind,
     check_loss,
     check_model,
     check_numbers,

@@ -29,7 +29,6 @@ from bidistill.models import (
 from bidistill.teacher.rows import TeacherRows
 from bidistill_kernels import LogitTransform
 
-Kind = Literal["auto", "base", "live"]
 STATE = "bidistill_attachment"
 """The attribute of a model that says what is attached to it."""
 PREFIX = "teacher_"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -24,7 +24,8 @@ from bidistill.losses import LOSSES, find
 from bidistill.models import runs_losses, unwrapped
 from bidistill.objectives import check_loss_options
 
-KINDS = ("auto", "base", "live")
+Kind = Literal["auto", "base", "live"]
+KINDS = get_args(Kind)
 """Teachers that need no other model."""
 
 LARGEST_PADDING, LARGEST_SHARE = 1024, 0.05

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from torch import distributed
 
 from tests.integrations import peers
 from tests.trainer.ranks import Ranks
@@ -25,3 +26,12 @@ def ranks():
     group = Ranks(2)
     yield group
     group.stop()
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process."""
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()

@@ -9,7 +9,6 @@ import types
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -177,15 +176,6 @@ def test_hooks_at_an_lm_head_are_refused(watch):
         assert "\n" not in str(e.value)
         handle.remove()
     assert torch.equal(student(**batch()).loss, expected)
-
-
-@pytest.fixture
-def alone(tmp_path):
-    """A process group of this process."""
-    store = distributed.FileStore(str(tmp_path / "store"), 1)
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("alone")

@@ -10,7 +10,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from torch import distributed
 
 from bidistill.integrations.collator import PairCollator
 from examples import tiny
@@ -122,15 +121,6 @@ def test_torchtitan(monkeypatch):
     for name in ("post_dataloading_process", "_forward_backward_body"):
         replaced, own = (getattr(kind, name) for kind in (shown["Trainer"], shown["Distiller"]))
         assert signature(own).parameters.keys() == signature(replaced).parameters.keys()
-
-
-@pytest.fixture
-def alone(tmp_path):
-    """A process group of this process."""
-    store = distributed.FileStore(str(tmp_path / "store"), 1)
-    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft 0.21
