@@ -5,6 +5,7 @@ it a run is one process.
 """
 
 import atexit
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -140,5 +141,8 @@ def join() -> World:
 
 
 def _leave() -> None:
+    # what is shared out is in cycles, and holds results that gloo's threads let go of: a thread
+    # that does so once the interpreter is ending aborts the process
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()

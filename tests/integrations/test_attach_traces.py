@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -134,6 +135,7 @@ def test_a_forward_that_somebody_replaces_is_noticed(adapted):
 
 
 def test_unwrapping_autocast_is_noticed():
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a Trainer before, without bf16
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     model = accelerator.prepare(attach(tiny_llama()))
     assert model(**batch()).logits is None
